@@ -1,0 +1,3 @@
+"""drctl: disaster recovery for virtual machines, from the hypervisor."""
+
+__version__ = "0.1.0"

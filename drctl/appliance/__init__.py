@@ -1,0 +1,1 @@
+"""The service of one host: supervisor, control socket, protection, recovery."""

@@ -1,0 +1,1 @@
+"""Drivers of hypervisors, one shape, and the pure definitions beside them."""

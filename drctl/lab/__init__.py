@@ -1,0 +1,1 @@
+"""An embedded world of two sites for newcomers, tests and benchmarks."""

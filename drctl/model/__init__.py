@@ -1,0 +1,1 @@
+"""Nouns as frozen values. Knows no I/O, no clock, no logging."""

@@ -1,0 +1,75 @@
+"""Checkpoints, and the ways an operator may name one without doubt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from drctl.errors import NotFound
+from drctl.model.duration import parse_duration
+
+
+class CheckpointKind(StrEnum):
+    CRASH = "crash-consistent"
+    QUIESCED = "quiesced"
+    RESYNC = "resync"
+    FINAL = "final"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A proven, durable point in time of a whole group.
+
+    `time` is the source's wall clock at the mark (seconds since the epoch, UTC) corrected by the link's measured
+    offset to the recovery site's clock; `sequence` the last record inside, per stream."""
+
+    number: int
+    time: float
+    kind: CheckpointKind
+    epoch: str
+    generation: int
+    sequence: int
+    tags: tuple[str, ...] = ()
+    pinned: bool = False
+
+
+_NUMBER = re.compile(r"#(\d+)$")
+
+
+def resolve(selector: str, checkpoints: Sequence[Checkpoint], now: float) -> Checkpoint:
+    """The checkpoint that `selector` names: `latest`, `-10m`, `#123`, `tag:NAME`, or an ISO time with zone.
+
+    A time names the newest checkpoint at or before it. `checkpoints` is in order of time.
+    Raises NotFound (no such checkpoint) or ValueError (not a selector)."""
+    if not checkpoints:
+        raise NotFound("checkpoint", selector, hint="the group has no restorable checkpoint yet")
+    if selector == "latest":
+        return checkpoints[-1]
+    if match := _NUMBER.match(selector):
+        return _find(selector, [c for c in checkpoints if c.number == int(match[1])], checkpoints)
+    if selector.startswith("tag:"):
+        return _find(selector, [c for c in checkpoints if selector[4:] in c.tags], checkpoints)
+    moment = now - parse_duration(selector[1:]) if selector.startswith("-") else _iso(selector)
+    return _find(selector, [c for c in checkpoints if c.time <= moment], checkpoints)
+
+
+def _find(selector: str, found: Sequence[Checkpoint], every: Sequence[Checkpoint]) -> Checkpoint:
+    if not found:
+        span = f"#{every[0].number} to #{every[-1].number}"
+        raise NotFound("checkpoint", selector, hint=f"restorable: {span}; see: drctl checkpoint list")
+    return found[-1]
+
+
+def _iso(selector: str) -> float:
+    try:
+        moment = datetime.fromisoformat(selector)
+    except ValueError:
+        raise ValueError(
+            f"{selector!r} names no checkpoint; write latest, -10m, '#123', tag:NAME or 2026-01-31T02:10:05+00:00"
+        ) from None
+    if moment.tzinfo is None:
+        raise ValueError(f"{selector!r} has no time zone; write e.g. {selector}+00:00 or {selector}Z")
+    return moment.timestamp()

@@ -1,0 +1,63 @@
+"""Protection groups: which machines share checkpoints, and how they are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from drctl.model.extent import GiB
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One rung of the retention ladder: for checkpoints younger than `within` seconds keep one every `every` seconds
+    (0: every one)."""
+
+    within: float
+    every: float
+
+
+DEFAULT_LADDER = (Rung(3600, 0), Rung(86400, 60), Rung(7 * 86400, 3600))
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long history is kept. `history` is the target in seconds, `journal_limit` the hard limit in bytes."""
+
+    history: float = 7 * 86400
+    ladder: tuple[Rung, ...] = DEFAULT_LADDER
+    journal_limit: int = 64 * GiB
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What the operator wrote in `groups/NAME.toml`. Intervals in seconds.
+
+    `networks` maps a source network to its name at the recovery site, `test_networks` the same for tests
+    (a network not named there is cut off in a test)."""
+
+    name: str
+    source: str
+    recovery: str
+    machines: tuple[str, ...]
+    source_host: str = ""
+    recovery_host: str = ""
+    checkpoint_interval: float = 5.0
+    retention: Retention = field(default_factory=Retention)
+    ring_size: int = 256 * 1024 * 1024
+    networks: tuple[tuple[str, str], ...] = ()
+    test_networks: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDisk:
+    """A disk of a group with its number in the stream. Numbers are never reused within a group."""
+
+    number: int
+    machine: str
+    target: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """`MACHINE.TARGET`: directory of its replica, name of its NBD exports."""
+        return f"{self.machine}.{self.target}"

@@ -1,0 +1,94 @@
+"""The interfaces between rooms: what each needs from the other, and how it may fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from drctl.model.extent import Extent
+from drctl.model.machine import Machine, MachineState
+
+
+class Clock(Protocol):
+    """Wall time in seconds since the epoch (UTC), and monotonic time in seconds. Tests own it."""
+
+    def time(self) -> float: ...
+
+    def monotonic(self) -> float: ...
+
+
+class BlockSource(Protocol):
+    """A disk that can be read at any place, e.g. a view. Raises IntegrityError rather than serve a wrong byte."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes | memoryview: ...
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[Extent, bool]]:
+        """The range in order as (extent, is data); what is not data reads as zeroes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TapTarget:
+    """Where one disk's writes go: the tap's unix socket and the name of the export there."""
+
+    machine: str
+    target: str
+    socket: str
+    export: str
+
+
+class MirrorState(Protocol):
+    """One look at a disk's mirror job (all facts from one query)."""
+
+    @property
+    def present(self) -> bool: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+
+class Hypervisor(Protocol):
+    """One hypervisor host. Methods block; failures are HostUnreachable or HypervisorRefused, never others."""
+
+    def version(self) -> str: ...
+
+    def machines(self) -> Sequence[Machine]: ...
+
+    def machine(self, name: str) -> Machine:
+        """Raises NotFound."""
+        ...
+
+    def definition(self, name: str) -> str:
+        """The persistent definition (libvirt: inactive, secure XML)."""
+        ...
+
+    def create(self, definition: str, *, paused: bool = False) -> None:
+        """Start a transient machine from a definition."""
+        ...
+
+    def define(self, definition: str) -> None: ...
+
+    def undefine(self, name: str) -> None: ...
+
+    def start(self, name: str) -> None: ...
+
+    def shutdown(self, name: str) -> None:
+        """Ask the guest to power off; returns at once."""
+        ...
+
+    def destroy(self, name: str) -> None:
+        """Pull the plug; no error when it is not running."""
+        ...
+
+    def resume(self, name: str) -> None: ...
+
+    def state(self, name: str) -> MachineState: ...
+
+    def watch(self, callback: Callable[[str, str], None]) -> None:
+        """Call back (machine, event) for each lifecycle event, from another thread."""
+        ...
+
+    def close(self) -> None: ...

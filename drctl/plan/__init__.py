@@ -1,0 +1,1 @@
+"""TOML plans, compiled to steps and run one at a time."""

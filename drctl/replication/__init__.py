@@ -1,0 +1,1 @@
+"""The data path: tap, shipper, receiver, reader, view server."""

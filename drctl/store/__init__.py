@@ -1,0 +1,1 @@
+"""Blocking files of the recovery side and of the rings. Knows no network, no event loop."""

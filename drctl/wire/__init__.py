@@ -1,0 +1,1 @@
+"""Bytes to values and back, sans-IO. Knows no sockets, no files."""
