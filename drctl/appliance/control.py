@@ -1,0 +1,84 @@
+"""The control socket: JSON lines in, JSON lines out, one thread per connection. Knows no method's meaning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from drctl.errors import DrctlError, NotFound
+
+Progress = Callable[[dict[str, Any]], None]
+Handler = Callable[[dict[str, Any], Progress], Any]
+#: A request carries at most a group with its machines; more is a mistake or an attack.
+MAX_REQUEST = 4 * 1024 * 1024
+
+log = logging.getLogger(__name__)
+
+
+class ControlServer:
+    """Serves `handlers` (method name → function) on a unix socket of mode 0600."""
+
+    def __init__(self, path: Path, handlers: dict[str, Handler]) -> None:
+        self._path = path
+        self._handlers = handlers
+        self._listener: socket.socket | None = None
+
+    def start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self._path))
+        self._path.chmod(0o600)
+        listener.listen(64)
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), name="control", daemon=True).start()
+
+    def stop(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._path.unlink(missing_ok=True)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="control-call", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as stream:
+            try:
+                while line := stream.readline(MAX_REQUEST):
+                    self._answer(line, stream)
+            except (OSError, ValueError) as exc:
+                log.debug("control connection ended: %s", exc)
+
+    def _answer(self, line: bytes, stream: Any) -> None:
+        request = json.loads(line)
+        identity = request.get("id")
+
+        def send(**fields: Any) -> None:
+            stream.write(json.dumps({"id": identity, **fields}).encode() + b"\n")
+            stream.flush()
+
+        try:
+            result = self._call(request, lambda progress: send(progress=progress))
+        except DrctlError as exc:
+            send(error=exc.as_dict())
+        except Exception as exc:  # the edge: a bug in one method must not end the service
+            log.exception("control method %s", request.get("method"))
+            send(error=DrctlError(f"unexpected {type(exc).__name__}: {exc}", hint="see the appliance's log").as_dict())
+        else:
+            send(result=result)
+
+    def _call(self, request: dict[str, Any], progress: Progress) -> Any:
+        method = str(request.get("method"))
+        handler = self._handlers.get(method)
+        if handler is None:
+            raise NotFound("method", method, hint="the appliance and the command line are of different versions")
+        return handler(request.get("params") or {}, progress)

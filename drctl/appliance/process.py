@@ -1,0 +1,110 @@
+"""Child processes that outlive their supervisor, and how a new supervisor finds them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from drctl.errors import StepFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process, known by pid *and* start time, so that a reused pid is never taken for it."""
+
+    name: str
+    pid: int
+    start_time: int
+
+
+def start_time_of(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat (proc(5)), in clock ticks since boot; None for a dead process or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def alive(child: Child) -> bool:
+    return start_time_of(child.pid) == child.start_time
+
+
+class Processes:
+    """Starts, finds, and ends named children of one appliance. A name has at most one live process."""
+
+    def __init__(self, directory: Path, logs: Path) -> None:
+        self._directory = directory
+        self._logs = logs
+        self._started: dict[int, subprocess.Popen[bytes]] = {}
+
+    def find(self, name: str) -> Child | None:
+        """The live child of that name, started by us or by a supervisor before us."""
+        try:
+            data = json.loads(self._file(name).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        child = Child(name, data["pid"], data["start_time"])
+        if popen := self._started.get(child.pid):
+            popen.poll()
+        return child if alive(child) else None
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._directory.glob("*.json"))
+
+    def ensure(self, name: str, module: str, arguments: Sequence[str], *, nice: int = 0) -> tuple[Child, bool]:
+        """The live child, and whether it had to be started now."""
+        if child := self.find(name):
+            return child, False
+        return self.spawn(name, module, arguments, nice=nice), True
+
+    def spawn(self, name: str, module: str, arguments: Sequence[str], *, nice: int = 0) -> Child:
+        """Start `python -m module arguments` in a session of its own, output to logs/NAME.log."""
+        command = [sys.executable, "-m", module, *arguments]
+        if nice:
+            command = ["nice", "-n", str(nice), *command]
+        with (self._logs / f"{name}.log").open("ab") as output:
+            popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
+            )
+        self._started[popen.pid] = popen
+        started = start_time_of(popen.pid)
+        if started is None:
+            raise StepFailed(f"{name} ended at once", hint=f"see {self._logs / f'{name}.log'}")
+        child = Child(name, popen.pid, started)
+        temporary = self._file(name).with_suffix(".new")
+        temporary.write_text(json.dumps({"pid": child.pid, "start_time": started, "command": command}))
+        temporary.replace(self._file(name))
+        return child
+
+    def end(self, name: str, timeout_seconds: float = 5.0, *, force: bool = False) -> None:
+        """SIGTERM, then SIGKILL after the timeout. No error when it is not there."""
+        child = self.find(name)
+        if child is not None:
+            self._signal(child, signal.SIGKILL if force else signal.SIGTERM)
+            if not self._wait(child, timeout_seconds):
+                self._signal(child, signal.SIGKILL)
+                self._wait(child, 2.0)
+        self._file(name).unlink(missing_ok=True)
+
+    def _wait(self, child: Child, timeout_seconds: float) -> bool:
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if self.find(child.name) is None:
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _signal(self, child: Child, number: signal.Signals) -> None:
+        if alive(child):
+            os.kill(child.pid, number)
+
+    def _file(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
