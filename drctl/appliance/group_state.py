@@ -1,0 +1,138 @@
+"""What the source side remembers of a group across restarts: `home/groups/NAME.json`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from drctl.errors import AlreadyExists, IntegrityError, NotFound
+from drctl.model.group import GroupDisk, GroupSpec
+from drctl.model.machine import Machine
+from drctl.model.phase import Phase
+
+FORMAT = 1
+
+
+class DiskState(msgspec.Struct, frozen=True):
+    """A disk with its number. `pass_needed`: writes may have been missed, the reader has to go over it.
+
+    `left` is the image as it was when its machine powered off in order: (size, mtime ns, inode), or None."""
+
+    number: int
+    machine: str
+    target: str
+    size: int
+    pass_needed: bool = True
+    left: tuple[int, int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.machine}.{self.target}"
+
+
+class GroupState(msgspec.Struct, frozen=True):
+    """Invariant: numbers of disks are never reused; `epoch` names the ring in `run/rings` or is empty."""
+
+    spec: GroupSpec
+    phase: Phase = Phase.UNPROTECTED
+    reason: str = ""
+    generation: int = 1
+    epoch: str = ""
+    definition_version: int = 0
+    next_number: int = 0
+    last_mark: int = 0
+    disks: tuple[DiskState, ...] = ()
+    format: int = FORMAT
+
+    def disk(self, number: int) -> DiskState:
+        return next(disk for disk in self.disks if disk.number == number)
+
+    def with_disk(self, number: int, **changes: object) -> GroupState:
+        disks = tuple(
+            msgspec.structs.replace(disk, **changes) if disk.number == number else disk for disk in self.disks
+        )
+        return msgspec.structs.replace(self, disks=disks)
+
+    def with_machines(self, machines: list[Machine]) -> GroupState:
+        """The disks of the machines as they are now: known ones keep their numbers, new ones get the next."""
+        known = {(disk.machine, disk.target): disk for disk in self.disks}
+        disks: list[DiskState] = []
+        number = self.next_number
+        for machine in machines:
+            for disk in machine.disks:
+                old = known.get((machine.name, disk.target))
+                if old is not None:
+                    disks.append(msgspec.structs.replace(old, size=disk.size))
+                else:
+                    disks.append(DiskState(number, machine.name, disk.target, disk.size))
+                    number += 1
+        return msgspec.structs.replace(self, disks=tuple(disks), next_number=number)
+
+    def group_disks(self) -> tuple[GroupDisk, ...]:
+        return tuple(GroupDisk(d.number, d.machine, d.target, d.size) for d in self.disks)
+
+
+class GroupFiles:
+    """The group states of one appliance; each change is whole on disk before it is believed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._directory.glob("*.json"))
+
+    def load(self, name: str) -> GroupState:
+        """Raises NotFound, or IntegrityError naming the file."""
+        file = self._file(name)
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=GroupState)
+        except FileNotFoundError:
+            raise NotFound("group", name, known=self.names()) from None
+        except (msgspec.DecodeError, ValueError) as exc:
+            raise IntegrityError(f"{file}: {exc}", hint="the file is damaged; apply the group again") from exc
+
+    def save(self, state: GroupState) -> None:
+        file = self._file(state.spec.name)
+        temporary = file.with_suffix(".new")
+        with temporary.open("wb") as out:
+            out.write(msgspec.json.encode(state))
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+
+    def remove(self, name: str) -> None:
+        self._file(name).unlink(missing_ok=True)
+
+    def put(self, spec: GroupSpec) -> GroupState:
+        """Create or change a group. Raises AlreadyExists when a machine belongs to another group already."""
+        for other in self.names():
+            if other != spec.name:
+                taken = set(self.load(other).spec.machines) & set(spec.machines)
+                if taken:
+                    raise AlreadyExists(
+                        f"machine {sorted(taken)[0]!r} is protected by group {other!r} already",
+                        hint=f"a machine belongs to one group; take it out of groups/{other}.toml first",
+                    )
+        try:
+            old = self.load(spec.name)
+        except NotFound:
+            state = GroupState(spec)
+        else:
+            state = msgspec.structs.replace(old, spec=spec)
+        self.save(state)
+        return state
+
+    def _file(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+
+def spec_from(data: dict[str, object]) -> GroupSpec:
+    """A GroupSpec as it came over the control socket. Raises IntegrityError when it is not one."""
+    try:
+        return msgspec.convert(data, GroupSpec)
+    except msgspec.ValidationError as exc:
+        raise IntegrityError(
+            f"not a group: {exc}", hint="command line and appliance are of different versions"
+        ) from exc
