@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 KiB = 1024
@@ -36,3 +37,15 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?")
+_SIZE_UNITS = {"B": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": TiB}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `64 GiB`, `1.5TiB`, `4096`. Raises ValueError that says what would be right."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a size; write e.g. 256 MiB, 64 GiB, 1.5 TiB")
+    return int(float(match[1]) * _SIZE_UNITS[match[2] or "B"])
