@@ -1,0 +1,310 @@
+"""Who an appliance is: the project's CA, certificates, and the list of peers that a site accepts.
+
+A certificate names one appliance by its UUID (DNS name `UUID.drctl`). A peer is accepted only when its certificate is
+signed by our CA *and* its UUID is on the list `peers.json`; what it may touch there is written beside it.
+
+    tls/ca.pem      the CA's certificate            tls/key.pem     private key, 0600
+    tls/cert.pem    our certificate                 tls/peers.json  {UUID: {site, host, groups: [NAME...] or "*"}}
+
+The CA's own directory (with the operator, not on appliances) holds ca.pem and ca-key.pem (0600).
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from drctl.errors import CertificateRejected, SetupFailed
+
+DOMAIN = "drctl"
+#: Back-dated, so that a site whose clock is a little late accepts a new certificate.
+BACKDATE = timedelta(days=1)
+CA_LIFE = timedelta(days=3650)
+#: Renewed at two thirds of it.
+CERTIFICATE_LIFE = timedelta(days=365)
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """An appliance on the list. `groups` is `*` or the names of the groups that it may replicate to us."""
+
+    site: str = ""
+    host: str = ""
+    groups: list[str] | str = "*"
+
+    def may(self, group: str) -> bool:
+        return self.groups == "*" or (isinstance(self.groups, list) and group in self.groups)
+
+
+def create_ca(directory: Path) -> None:
+    """Make a new CA: `ca.pem` and `ca-key.pem` (0600) in `directory`. Raises FileExistsError over an old one."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"drctl CA {uuid4()}")])
+    builder = _builder(name, name, key.public_key(), CA_LIFE)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage(certificate_authority=True), critical=True)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    certificate = builder.sign(key, hashes.SHA256())
+    _write_private(directory / "ca-key.pem", _key_pem(key))
+    (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def make_request(tls_dir: Path, appliance: str) -> bytes:
+    """The appliance's part of enrolment: a new `key.pem` (0600) and the signing request (PEM) for it."""
+    tls_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = ec.generate_private_key(ec.SECP256R1())
+    (tls_dir / "key.pem").unlink(missing_ok=True)
+    _write_private(tls_dir / "key.pem", _key_pem(key))
+    request = x509.CertificateSigningRequestBuilder().subject_name(_subject(appliance)).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def sign_request(
+    ca_dir: Path, request: bytes, appliance: str, *, start: datetime | None = None, life: timedelta = CERTIFICATE_LIFE
+) -> bytes:
+    """The operator's part: a certificate (PEM) for `appliance`, whatever name the request claims.
+
+    `start` (default now) is back-dated by a day. Raises CertificateRejected when the request is not whole."""
+    try:
+        asked = x509.load_pem_x509_csr(request)
+    except ValueError as exc:
+        raise CertificateRejected(f"not a signing request: {exc}", reason="malformed") from exc
+    public = asked.public_key()
+    if not asked.is_signature_valid or not isinstance(public, ec.EllipticCurvePublicKey):
+        raise CertificateRejected("the signing request is not signed by its own P-256 key", reason="malformed")
+    ca, ca_key = _load_ca(ca_dir)
+    builder = _builder(_subject(appliance), ca.subject, public, life, start)
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(_dns_name(appliance))]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(_usage(certificate_authority=False), critical=True)
+    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    builder = builder.add_extension(purposes, critical=False)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    builder = builder.add_extension(issuer, critical=False)
+    return builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def install_certificate(tls_dir: Path, certificate: bytes, ca: bytes) -> None:
+    """The last part: put certificate and CA beside the key, and check that they belong together.
+
+    Raises CertificateRejected when the certificate is not for our key, or not signed by that CA."""
+    loaded = x509.load_pem_x509_certificate(certificate)
+    key = serialization.load_pem_private_key((tls_dir / "key.pem").read_bytes(), None)
+    if _public_bytes(loaded.public_key()) != _public_bytes(key.public_key()):
+        raise CertificateRejected("the certificate is not for this appliance's key", reason="foreign")
+    try:
+        loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
+    except (ValueError, TypeError, InvalidSignature) as exc:
+        raise CertificateRejected("the certificate is not signed by this CA", reason="foreign") from exc
+    for name, data in (("ca.pem", ca), ("cert.pem", certificate)):
+        fresh = tls_dir / f"{name}.new"
+        fresh.write_bytes(data)
+        fresh.replace(tls_dir / name)
+
+
+def issue(
+    ca_dir: Path, appliance: str, out_dir: Path, *, start: datetime | None = None, life: timedelta = CERTIFICATE_LIFE
+) -> None:
+    """All three parts at once, where CA and appliance are in one place (lab, first install)."""
+    request = make_request(out_dir, appliance)
+    certificate = sign_request(ca_dir, request, appliance, start=start, life=life)
+    install_certificate(out_dir, certificate, (ca_dir / "ca.pem").read_bytes())
+
+
+def write_peers(tls_dir: Path, peers: dict[str, Peer]) -> None:
+    """Replace the list of accepted peers."""
+    fresh = tls_dir / "peers.json.new"
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(peers)) + b"\n")
+    fresh.replace(tls_dir / "peers.json")
+
+
+def load_peers(tls_dir: Path) -> dict[str, Peer]:
+    """The list, read anew at each connection so that an edit needs no restart. Raises SetupFailed when it is broken."""
+    path = tls_dir / "peers.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Peer])
+    except FileNotFoundError:
+        return {}
+    except msgspec.DecodeError as exc:
+        raise SetupFailed(f"{path}: {exc}", hint="it maps appliance UUIDs to {site, host, groups}") from exc
+
+
+def certificate_expiry(tls_dir: Path) -> tuple[datetime, datetime]:
+    """Begin and end of our own certificate's validity (UTC)."""
+    loaded = x509.load_pem_x509_certificate((tls_dir / "cert.pem").read_bytes())
+    return loaded.not_valid_before_utc, loaded.not_valid_after_utc
+
+
+def server_context(tls_dir: Path) -> ssl.SSLContext:
+    """TLS 1.3 only; a client without a certificate of our CA does not get past the handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # no resumption: every connection is checked against the list and the calendar anew
+    return _prepared(context, tls_dir)
+
+
+def client_context(tls_dir: Path) -> ssl.SSLContext:
+    """TLS 1.3 only. The peer is checked by `authorise` after the handshake, not by its address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    return _prepared(context, tls_dir)
+
+
+def _prepared(context: ssl.SSLContext, tls_dir: Path) -> ssl.SSLContext:
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    try:
+        context.load_verify_locations(tls_dir / "ca.pem")
+        context.load_cert_chain(tls_dir / "cert.pem", tls_dir / "key.pem")
+    except (OSError, ssl.SSLError) as exc:
+        raise SetupFailed(f"{tls_dir}: this appliance has no usable certificate: {exc}") from exc
+    return context
+
+
+def authorise(certificate: bytes | None, peers: dict[str, Peer]) -> tuple[str, Peer]:
+    """UUID and entry of the peer with this certificate (DER), whose signature TLS has checked.
+
+    Raises CertificateRejected when it names no appliance or is not on the list."""
+    appliance = appliance_of(certificate)
+    if (peer := peers.get(appliance)) is None:
+        raise CertificateRejected(
+            f"appliance {appliance} is not on this site's list",
+            hint="add it to peers.json, or enrol it with drctl appliance install",
+            reason="not on the list",
+            appliance=appliance,
+        )
+    return appliance, peer
+
+
+def appliance_of(certificate: bytes | None) -> str:
+    """The UUID that a certificate (DER) names. Raises CertificateRejected when it names none."""
+    names: list[str] = []
+    if certificate is not None:
+        loaded = x509.load_der_x509_certificate(certificate)
+        for extension in loaded.extensions:
+            if isinstance(extension.value, x509.SubjectAlternativeName):
+                names = extension.value.get_values_for_type(x509.DNSName)
+    for name in names:
+        uuid, dot, domain = name.partition(".")
+        if dot and domain == DOMAIN and _is_uuid(uuid):
+            return uuid
+    raise CertificateRejected("the peer's certificate names no appliance", reason="foreign")
+
+
+#: OpenSSL's X509_V_ERR numbers (x509_vfy.h).
+_VERIFY_REASONS = {
+    9: ("not yet valid", "one of the two clocks is wrong"),
+    10: ("expired", "renew it; or a clock is wrong"),
+}
+#: What the peer's alerts about *our* certificate are called by OpenSSL (TLS 1.3 tells them after the handshake).
+_ALERTS = {
+    "ALERT_UNKNOWN_CA": "foreign",
+    "ALERT_CERTIFICATE_EXPIRED": "expired",
+    "ALERT_BAD_CERTIFICATE": "foreign or not yet valid",
+    "ALERT_CERTIFICATE_REQUIRED": "missing",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "unsupported",
+    "ALERT_CERTIFICATE_UNKNOWN": "unknown",
+}
+
+
+def rejection(exc: BaseException) -> CertificateRejected | None:
+    """What a failed handshake says about certificates; None when it failed for another cause."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        reason, hint = _VERIFY_REASONS.get(exc.verify_code, ("foreign", "it is not signed by this project's CA"))
+        return CertificateRejected(
+            f"the peer's certificate is {reason}: {exc.verify_message}", hint=hint, reason=reason
+        )
+    if isinstance(exc, ssl.SSLError):
+        name = getattr(exc, "reason", None) or ""  # absent on errors that Python makes itself
+        for alert, reason in _ALERTS.items():
+            if alert in name:
+                message = f"the peer rejects our certificate as {reason}"
+                return CertificateRejected(message, hint="see the receiver's log", reason=reason)
+    return None
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    life: timedelta,
+    start: datetime | None = None,
+) -> x509.CertificateBuilder:
+    begin = (start or datetime.now(UTC)) - BACKDATE
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + BACKDATE + life)
+    )
+
+
+def _usage(*, certificate_authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not certificate_authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=certificate_authority,
+        crl_sign=certificate_authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _load_ca(ca_dir: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    certificate = x509.load_pem_x509_certificate((ca_dir / "ca.pem").read_bytes())
+    key = serialization.load_pem_private_key((ca_dir / "ca-key.pem").read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise SetupFailed(f"{ca_dir}/ca-key.pem is not an elliptic curve key")
+    return certificate, key
+
+
+def _subject(appliance: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _dns_name(appliance))])
+
+
+def _dns_name(appliance: str) -> str:
+    if not _is_uuid(appliance):
+        raise ValueError(f"an appliance is named by a UUID in small letters, not {appliance!r}")
+    return f"{appliance}.{DOMAIN}"
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(UUID(text)) == text
+    except ValueError:
+        return False
+
+
+def _public_bytes(key: object) -> bytes:
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise CertificateRejected("not an elliptic curve key", reason="foreign")
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
