@@ -1,0 +1,163 @@
+"""What recovery needs from the rest of the appliance, as interfaces; tests bring their own. Knows no implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
+from drctl.model.checkpoint import Checkpoint
+from drctl.model.group import GroupDisk, GroupSpec
+from drctl.model.ports import Clock, Hypervisor
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverableMachine:
+    """A machine as the source described it at a checkpoint."""
+
+    name: str
+    uuid: str
+    definition: str
+    disks: tuple[GroupDisk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recoverable:
+    """All that the store holds of a group at one checkpoint, besides the bytes of its disks."""
+
+    spec: GroupSpec
+    machines: tuple[RecoverableMachine, ...]
+    source_site: str = ""
+    source_host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A definition fit for this host, and what had to be dropped or changed for that, in words."""
+
+    definition: str
+    notes: tuple[str, ...] = ()
+
+
+class Stores(Protocol):
+    """The groups replicated to this host. Raises NotFound for a group or checkpoint that is not here."""
+
+    def groups(self) -> list[str]: ...
+
+    def checkpoints(self, group: str) -> Sequence[Checkpoint]: ...
+
+    def recoverable(self, group: str, checkpoint: int) -> Recoverable: ...
+
+    def generation(self, group: str) -> int: ...
+
+    def reign(self, group: str, generation: int) -> None:
+        """From now on nothing of a lower generation is accepted. Durable; nothing happens when it is so already."""
+        ...
+
+    def pin(self, group: str, pin: str, checkpoint: int) -> None: ...
+
+    def unpin(self, group: str, pin: str) -> None: ...
+
+    def allocated(self, group: str, checkpoint: int) -> Mapping[str, int]:
+        """Bytes that hold data, per disk name (MACHINE.TARGET)."""
+        ...
+
+
+class Images(Protocol):
+    """Overlay files. Raises OutOfSpace, or StepFailed with what the tool said."""
+
+    def exists(self, path: Path) -> bool: ...
+
+    def create(self, path: Path, backing: str, size: int) -> None:
+        """A new overlay, whole or not there at all."""
+        ...
+
+    def backing(self, path: Path) -> str | None:
+        """What the overlay still needs below it; None when it stands alone. Safe beside a running guest."""
+        ...
+
+    def localize(self, path: Path) -> None:
+        """Copy all that is below into the overlay of a machine that does not run."""
+        ...
+
+    def allocated(self, path: Path) -> int: ...
+
+    def remove(self, path: Path) -> None: ...
+
+    def free(self, directory: Path) -> int:
+        """Bytes that can still be written to the file system of `directory` (which need not exist yet)."""
+        ...
+
+
+class Views(Protocol):
+    """View servers, one per recovery."""
+
+    def ensure(self, recovery: RecoveryRecord) -> bool:
+        """Make it answer; True when it had to be started. Raises StepFailed."""
+        ...
+
+    def alive(self, recovery: RecoveryRecord) -> bool: ...
+
+    def end(self, recovery: RecoveryRecord) -> None: ...
+
+    def socket(self, recovery: RecoveryRecord) -> str: ...
+
+    def backing(self, recovery: RecoveryRecord, export: str) -> str:
+        """What an overlay names as its backing file: a URL or `json:` text that QEMU understands."""
+        ...
+
+
+class RecoveryHypervisor(Hypervisor, Protocol):
+    """A hypervisor that can also tell why a machine is paused, and localize a disk under a running guest."""
+
+    def stopped_by_error(self, name: str) -> bool:
+        """The machine is paused because of an I/O error (and not because somebody asked for it)."""
+        ...
+
+    def pull(self, name: str, target: str) -> None:
+        """Begin to copy all that is below a disk into it; returns at once. Nothing happens when it runs already."""
+        ...
+
+    def pull_progress(self, name: str, target: str) -> tuple[int, int] | None:
+        """(done, all) in bytes, None when no such job runs."""
+        ...
+
+
+class Definitions(Protocol):
+    """Definitions for this host. Raises HypervisorRefused when one can't be made."""
+
+    def rewrite(self, recovery: RecoveryRecord, machine: RecoveredMachine, source: Recoverable) -> Rewritten:
+        """The source's definition turned into one whose disks are overlays on the view."""
+        ...
+
+    def settled(self, definition: str) -> str:
+        """The same definition when its overlays stand alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where files go: `scratch` for tests, `images` for failovers; `reserve` bytes are never used up by a test."""
+
+    scratch: Path
+    images: Path
+    reserve: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Everything that the steps of a recovery act through."""
+
+    hypervisor: RecoveryHypervisor
+    stores: Stores
+    images: Images
+    views: Views
+    definitions: Definitions
+    clock: Clock
+    room: Room
+    sleep: Callable[[float], None]
+    new_uuid: Callable[[], str]

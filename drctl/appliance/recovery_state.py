@@ -1,0 +1,205 @@
+"""Recoveries as durable objects: tests and failovers, each a JSON file. Knows no hypervisor, no store, no process.
+
+A recovery's file is written before what it announces is done and again after, so whoever reads it after a crash knows
+what may exist and looks. Times are wall seconds since the epoch (UTC) of this host's clock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from drctl.errors import IntegrityError, NotFound, UnsupportedFormat
+
+FORMAT = 1
+
+
+class RecoveryKind(StrEnum):
+    TEST = "test"
+    FAILOVER = "failover"
+
+
+class RecoveryPhase(StrEnum):
+    """The life of a recovery.
+
+    starting    steps are being done; a supervisor that finds it goes on
+    running     every machine runs or has failed with a reason; the view is guarded
+    committing  disks are localized under the running guests
+    committed   every disk stands alone, the view is gone; nothing is guarded any more
+    stopping    everything is being removed
+    ended       nothing of it is left but this record
+    """
+
+    STARTING = "starting"
+    RUNNING = "running"
+    COMMITTING = "committing"
+    COMMITTED = "committed"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+#: Phases in which a view stands under guests, so that it must be guarded.
+GUARDED = frozenset({RecoveryPhase.STARTING, RecoveryPhase.RUNNING, RecoveryPhase.COMMITTING})
+#: Phases that a new supervisor must go on with.
+UNFINISHED = frozenset({RecoveryPhase.STARTING, RecoveryPhase.COMMITTING, RecoveryPhase.STOPPING})
+LIVE = GUARDED | {RecoveryPhase.STOPPING}
+
+
+class MachinePhase(StrEnum):
+    """How far one machine has come; each word says what is true at the host.
+
+    planned  overlay (its disks have files)  defined (the host knows it)  started  running  failed (see its reason)
+    """
+
+    PLANNED = "planned"
+    OVERLAY = "overlay"
+    DEFINED = "defined"
+    STARTED = "started"
+    RUNNING = "running"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class RecoveredDisk:
+    """One disk: `export` is its name in the view, `overlay` the file that takes the guest's writes.
+
+    Invariant: once `localized`, the overlay has no backing file and needs no view."""
+
+    target: str
+    export: str
+    overlay: str
+    size: int
+    localized: bool = False
+
+
+@dataclass(slots=True)
+class RecoveredMachine:
+    """One machine of a recovery. `name` at the source, `recovery_name` here; written by one thread at a time."""
+
+    name: str
+    recovery_name: str
+    uuid: str
+    disks: list[RecoveredDisk]
+    phase: MachinePhase = MachinePhase.PLANNED
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    stalls: int = 0
+
+
+@dataclass(slots=True)
+class RecoveryRecord:
+    """A test or a failover of a group at one checkpoint. Invariant: `checkpoint` is pinned while the phase is guarded.
+
+    `generation` is the one that this failover reigns with, 0 for a test. `boot` is the host's boot when its
+    machines were started: another one means that the host has restarted since."""
+
+    id: str
+    kind: RecoveryKind
+    group: str
+    selector: str
+    checkpoint: int
+    checkpoint_time: float
+    machines: list[RecoveredMachine]
+    generation: int = 0
+    phase: RecoveryPhase = RecoveryPhase.STARTING
+    reason: str = ""
+    source_is_down: str = ""
+    boot: str = ""
+    scratch_limit: int = 0
+    view_restarts: int = 0
+    times: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def test(self) -> bool:
+        return self.kind is RecoveryKind.TEST
+
+    @property
+    def guarded(self) -> bool:
+        return self.phase in GUARDED
+
+    def disks(self) -> Iterator[tuple[RecoveredMachine, RecoveredDisk]]:
+        return ((machine, disk) for machine in self.machines for disk in machine.disks)
+
+    def failed(self) -> list[RecoveredMachine]:
+        return [machine for machine in self.machines if machine.phase is MachinePhase.FAILED]
+
+    def exit_code(self) -> int:
+        """0 when all machines run, 3 when some failed, 40 (a step failed) when none runs."""
+        failed = len(self.failed())
+        if not failed:
+            return 0
+        return 40 if failed == len(self.machines) else 3
+
+    def state(self) -> str:
+        """One word for the operator: `starting`, `running`, `partly`, `failed`, `committing`, `committed`, `stopping`,
+        `stopped`."""
+        if self.phase is RecoveryPhase.RUNNING:
+            return {0: "running", 3: "partly", 40: "failed"}[self.exit_code()]
+        return "stopped" if self.phase is RecoveryPhase.ENDED else self.phase.value
+
+    def rto(self) -> float | None:
+        """Seconds from the order to the last machine's start; None before."""
+        running = [machine.times["running"] for machine in self.machines if "running" in machine.times]
+        return max(running) - self.times["ordered"] if running else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recovery as the JSON object that docs/internals.md describes."""
+        data: dict[str, Any] = msgspec.to_builtins(self)
+        data["checkpoint"] = {"number": self.checkpoint, "time": self.checkpoint_time}
+        data["state"] = self.state()
+        data["started"] = self.times.get("ordered")
+        data["rto_seconds"] = self.rto()
+        data["exit_code"] = self.exit_code()
+        for machine in data["machines"]:
+            machine["state"] = machine["phase"]
+        return data
+
+
+class RecoveryFiles:
+    """The directory of recoveries; each save is atomic and durable when it returns."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def save(self, recovery: RecoveryRecord) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"{recovery.id}.json"
+        temporary = path.with_suffix(".new")
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(recovery), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def load(self, identity: str) -> RecoveryRecord:
+        """Raises NotFound, IntegrityError (not readable) or UnsupportedFormat."""
+        path = self._directory / f"{identity}.json"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFound("recovery", identity, known=self.names()) from None
+        try:
+            recovery = msgspec.json.decode(data, type=RecoveryRecord)
+        except msgspec.MsgspecError as exc:
+            raise IntegrityError(f"{path}: {exc}", file=path) from exc
+        if recovery.format != FORMAT:
+            raise UnsupportedFormat(f"{path}: format {recovery.format}, known: {FORMAT}", file=path)
+        return recovery
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._directory.glob("*.json"))
+
+    def remove(self, identity: str) -> None:
+        (self._directory / f"{identity}.json").unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""The guard: views are restarted, guests resumed, scratch bounded, and nobody else's pause undone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from drctl.appliance.recovery import Recovery
+from drctl.appliance.recovery_guard import LONGEST_DELAY
+from drctl.appliance.recovery_memory import MemoryWorld
+from drctl.appliance.recovery_state import RecoveryFiles, RecoveryPhase
+from drctl.model.extent import GiB, MiB
+from drctl.model.machine import MachineState
+
+
+@pytest.fixture
+def world():
+    return MemoryWorld()
+
+
+@pytest.fixture
+def recovery(world, tmp_path):
+    return Recovery(world.tools(), RecoveryFiles(tmp_path), "boot", background=lambda _, action: action(), parallel=1)
+
+
+def start(recovery, **params):
+    return recovery.test_start({"group": "erp", **params}, lambda _: None)["id"]
+
+
+def look(recovery, world, seconds):
+    """Supervise at the supervisor's pace for some seconds."""
+    for _ in range(int(seconds / 0.25)):
+        world.clock.sleep(0.25)
+        recovery.supervise()
+
+
+def pause(world, *, by_error):
+    for domain in world.hypervisor.domains.values():
+        domain.state, domain.by_error = MachineState.PAUSED, by_error
+
+
+def states(world):
+    return {domain.state for domain in world.hypervisor.domains.values()}
+
+
+def test_a_dead_view_is_restarted_and_its_guests_resumed_within_two_seconds(recovery, world):
+    identity = start(recovery)
+    look(recovery, world, 3)
+    world.views.running.clear()
+    pause(world, by_error=True)
+    look(recovery, world, 2)
+    assert world.views.running == {identity}
+    assert states(world) == {MachineState.RUNNING}
+    (listed,) = recovery.test_list({}, lambda _: None)
+    assert listed["view_restarts"] == 1
+    assert [m["stalls"] for m in listed["machines"]] == [1, 1]
+
+
+def test_a_guest_that_the_operator_paused_stays_paused(recovery, world):
+    start(recovery)
+    world.views.running.clear()
+    pause(world, by_error=False)
+    look(recovery, world, 5)
+    assert world.views.running
+    assert states(world) == {MachineState.PAUSED}
+
+
+def test_guests_are_resumed_again_and_again_but_not_in_haste(recovery, world):
+    """A full file system or a damaged frame pauses the guest anew each time."""
+    start(recovery, machines=["web"])
+    tries = []
+    world.hypervisor.resume = lambda name: tries.append(world.clock.now)
+    pause(world, by_error=True)
+    look(recovery, world, 60)
+    assert 7 <= len(tries) <= 14
+    assert max(b - a for a, b in itertools.pairwise(tries)) <= LONGEST_DELAY + 1
+
+
+def test_a_view_that_cannot_start_is_tried_with_patience_and_the_guests_come_back(recovery, world):
+    start(recovery)
+    tries = []
+    real = world.views.ensure
+    world.views.ensure = lambda record: (tries.append(world.clock.now), real(record))[1]
+    world.views.running.clear()
+    world.views.refuse = True
+    pause(world, by_error=True)
+    look(recovery, world, 30)
+    assert 5 <= len(tries) <= 10
+    world.views.refuse = False
+    look(recovery, world, LONGEST_DELAY + 12)
+    assert states(world) == {MachineState.RUNNING}
+
+
+def test_a_test_that_uses_up_its_scratch_ends_with_that_reason(recovery, world):
+    identity = start(recovery, scratch_limit=GiB)
+    for path in world.images.files:
+        world.images.sizes[path] = 400 * MiB
+    look(recovery, world, 2)
+    (listed,) = recovery.test_list({}, lambda _: None)
+    assert listed["id"] == identity
+    assert listed["state"] == "stopped"
+    assert listed["reason"] == "scratch is used up: 1.2 GiB of 1.0 GiB"
+    assert world.images.files == {}
+    assert world.hypervisor.domains == {}
+    assert world.stores.pins == {}
+
+
+def test_a_test_ends_before_the_file_system_of_the_store_is_full(recovery, world):
+    start(recovery)
+    for path in world.images.files:
+        world.images.sizes[path] = MiB
+    world.images.space = GiB // 2
+    look(recovery, world, 2)
+    (listed,) = recovery.test_list({}, lambda _: None)
+    assert listed["reason"] == "only 512.0 MiB are free at /home/scratch, 1.0 GiB are kept"
+
+
+def test_a_failover_is_never_ended_by_the_guard(recovery, world):
+    params = {"group": "erp", "source_is_down": "fire", "confirmed": True}
+    recovery.failover_run(params, lambda _: None)
+    for path in world.images.files:
+        world.images.sizes[path] = 100 * GiB
+    world.images.space = 0
+    look(recovery, world, 3)
+    assert states(world) == {MachineState.RUNNING}
+
+
+def test_a_committed_failover_has_no_view_to_restart(recovery, world):
+    recovery.failover_run({"group": "erp", "source_is_down": "fire", "confirmed": True}, lambda _: None)
+    result = recovery.commit({"group": "erp"}, lambda _: None)
+    assert result["phase"] == RecoveryPhase.COMMITTED
+    look(recovery, world, 3)
+    assert world.views.running == set()
