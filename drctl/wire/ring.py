@@ -28,31 +28,18 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-import numpy as np
-
 MAGIC = int.from_bytes(b"DRRING01", "little")
 HEADER_SIZE = 4096
 DESCRIPTOR = struct.Struct("<QQQIHBBQII")
 DESCRIPTOR_SIZE = DESCRIPTOR.size
-DESCRIPTOR_DTYPE = np.dtype(
-    [
-        ("sequence", "<u8"),
-        ("data_position", "<u8"),
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("disk", "<u2"),
-        ("kind", "u1"),
-        ("zero", "u1"),
-        ("time", "<u8"),
-        ("data_checksum", "<u4"),
-        ("descriptor_checksum", "<u4"),
-    ]
-)
-#: Disks of one group on one host, bounded by the header's space.
-MAX_DISKS = 96
+RECORD_WRITE = 1
+RECORD_ZERO = 2
 #: First word of the per-disk table, and words per disk (see DiskWord).
 DISK_TABLE = 64
-DISK_WORDS = 4
+DISK_WORDS = 5
+#: Disks of one group on one host, bounded by the header's space. Entries stand in the order in which the creator
+#: named them; DiskWord.NUMBER tells whose each is.
+MAX_DISKS = (HEADER_SIZE // 8 - DISK_TABLE) // DISK_WORDS
 
 
 class Word(IntEnum):
@@ -82,15 +69,17 @@ class Word(IntEnum):
     SHIPPER_HEARTBEAT = 21  # [shipper] CLOCK_MONOTONIC nanoseconds
     DISKS = 22  # [creator] number of disks
     LAST_REASON = 23  # [tap] OrderReason of the newest ORDER_STAMP
+    CONNECTIONS = 24  # [tap] connection numbers given so far under this epoch
 
 
 class DiskWord(IntEnum):
-    """Index in a disk's four words. [tap]"""
+    """Index in a disk's words. [tap]"""
 
     CONNECTION = 0  # number of the current connection, 0 when there is none; never reused under one epoch
     WRITES = 1
     BYTES = 2
     SIZE = 3  # [creator] bytes
+    NUMBER = 4  # [creator] the disk's number in its group
 
 
 class OrderReason(IntEnum):
