@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from drctl.model.extent import Extent
 from drctl.model.machine import Machine, MachineState
@@ -38,6 +38,14 @@ class TapTarget:
     target: str
     socket: str
     export: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProgress:
+    """How far a hypervisor's own job on a disk is, in the job's units (bytes for a pull)."""
+
+    done: int
+    total: int
 
 
 class MirrorState(Protocol):
@@ -83,7 +91,45 @@ class Hypervisor(Protocol):
         """Pull the plug; no error when it is not running."""
         ...
 
-    def resume(self, name: str) -> None: ...
+    def suspend(self, name: str) -> None:
+        """Stop the guest's processors; no error when they are stopped."""
+        ...
+
+    def resume(self, name: str) -> None:
+        """Let them run; no error when they do."""
+        ...
+
+    def set_autostart(self, name: str, on: bool) -> None: ...
+
+    def live_definition(self, name: str) -> str:
+        """The definition of the machine as it runs."""
+        ...
+
+    def capabilities(self) -> str:
+        """What can run here (libvirt: capabilities XML)."""
+        ...
+
+    def monitor(self, name: str, sent: dict[str, Any]) -> Any:
+        """One QMP command to a running machine's QEMU, and what it returned."""
+        ...
+
+    def agent(self, name: str, sent: dict[str, Any], *, timeout_seconds: int = 5) -> Any:
+        """One command to the guest's agent, and what it returned."""
+        ...
+
+    def source_node(self, name: str, target: str) -> str:
+        """The root node in QEMU of a running machine's disk. Raises NotFound."""
+        ...
+
+    def block_pull(self, name: str, target: str, *, bytes_per_second: int = 0) -> None:
+        """Begin to copy a disk's backing chain into its top file while the machine runs (0: no limit)."""
+        ...
+
+    def block_progress(self, name: str, target: str) -> BlockProgress | None:
+        """How far the hypervisor's job on a disk is; None when there is none."""
+        ...
+
+    def block_abort(self, name: str, target: str) -> None: ...
 
     def state(self, name: str) -> MachineState: ...
 

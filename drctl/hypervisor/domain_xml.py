@@ -1,0 +1,134 @@
+"""libvirt's machine definitions: what they say of the machine's disks. Pure; `recovery_xml` rewrites them.
+
+A definition that comes from another site is foreign text: one with a document type (the only door for entities) is
+refused before it is parsed.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from dataclasses import dataclass
+from xml.parsers import expat
+
+from drctl.errors import IntegrityError
+
+#: Largest definition taken, characters. One with 90 disks and comments is below 200 KiB.
+DEFINITION_LIMIT = 4 * 1024 * 1024
+
+#: Elements of libvirt's own QEMU extension keep their usual prefix.
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+ET.register_namespace("qemu", QEMU_NAMESPACE)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """A `<disk device='disk'>` (or `lun`) of a definition. `alias` and `index` are of a running machine only.
+
+    `refusal` is empty when it can be tapped, as far as the definition tells."""
+
+    target: str
+    bus: str
+    kind: str
+    format: str
+    source: str
+    alias: str
+    iothread: bool
+    refusal: str
+
+
+def parse(definition: str) -> ET.Element:
+    """The definition's root. Raises IntegrityError when it isn't one, or has a document type."""
+    if len(definition) > DEFINITION_LIMIT:
+        raise IntegrityError(f"a definition of {len(definition)} characters is too large to be one")
+    scout = expat.ParserCreate()
+    scout.StartDoctypeDeclHandler = _no_doctype
+    try:
+        scout.Parse(definition, True)
+        root = ET.fromstring(definition)
+    except (expat.ExpatError, ET.ParseError, ValueError, RecursionError) as exc:
+        raise IntegrityError(f"not a machine definition: {exc}") from exc
+    if root.tag != "domain" or not root.findtext("name"):
+        raise IntegrityError("not a machine definition: no <domain> with a <name>")
+    return root
+
+
+def _no_doctype(*_: object) -> None:
+    raise ValueError("it has a document type; libvirt never writes one")
+
+
+def disks(root: ET.Element) -> list[DiskFacts]:
+    """The machine's virtual disks, in the definition's order. CD-ROM and floppy drives are no disks."""
+    return [_facts(disk) for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
+
+
+def memory_bytes(root: ET.Element) -> int:
+    """The machine's memory."""
+    memory = root.find("memory")
+    if memory is None or not (memory.text or "").strip().isdigit():
+        return 0
+    units = {"b": 1, "bytes": 1, "KB": 1000, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {name: 1 << shift for names, shift in _BINARY for name in names}
+    return int(memory.text or 0) * units.get(memory.get("unit", "KiB"), 1024)
+
+
+_BINARY = ((("k", "KiB"), 10), (("M", "MiB"), 20), (("G", "GiB"), 30), (("T", "TiB"), 40))
+
+
+def vcpus(root: ET.Element) -> int:
+    text = (root.findtext("vcpu") or "1").strip()
+    return int(text) if text.isdigit() else 1
+
+
+def attribute(element: ET.Element, path: str, name: str) -> str:
+    """An attribute of a descendant, empty when either is missing."""
+    found = element.find(path)
+    return "" if found is None else found.get(name, "")
+
+
+def source_text(disk: ET.Element) -> str:
+    """Where a disk's bytes are, as a person would say it."""
+    source = disk.find("source")
+    if source is None:
+        return ""
+    for name in ("file", "dev", "dir", "path"):
+        if source.get(name):
+            return str(source.get(name))
+    if source.get("pool"):
+        return f"{source.get('pool')}/{source.get('volume')}"
+    if source.get("protocol"):
+        return f"{source.get('protocol')}:{source.get('name', '')}"
+    return ""
+
+
+def _facts(disk: ET.Element) -> DiskFacts:
+    return DiskFacts(
+        target=attribute(disk, "target", "dev"),
+        bus=attribute(disk, "target", "bus"),
+        kind=disk.get("type", ""),
+        format=attribute(disk, "driver", "type") or "raw",
+        source=source_text(disk),
+        alias=attribute(disk, "alias", "name"),
+        iothread=bool(attribute(disk, "driver", "iothread")) or disk.find("driver/iothreads") is not None,
+        refusal=next(iter(_refusals(disk)), ""),
+    )
+
+
+def _refusals(disk: ET.Element) -> Iterable[str]:
+    """Why a disk can't be tapped, most telling reason first."""
+    if disk.get("device") == "lun":
+        yield "a LUN passed through: the guest's SCSI commands go past QEMU's block layer"
+    if disk.get("type") in ("vhostuser", "vhostvdpa"):
+        yield f"{disk.get('type')}: the guest's writes go past QEMU's block layer"
+    if disk.get("type") == "dir":
+        yield "a directory shown as a disk"
+    if disk.find("shareable") is not None:
+        yield "shareable: other machines may write to it, past the tap"
+    if disk.find("readonly") is not None:
+        yield "read-only: nothing is written to it"
+    if disk.find("transient") is not None:
+        yield "transient: its writes are thrown away at power-off"
+    if disk.find("encryption") is not None or disk.find("source/encryption") is not None:
+        yield "encrypted by QEMU: the replica would hold the clear text"
+    if not source_text(disk):
+        yield "no source"

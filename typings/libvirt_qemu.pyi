@@ -1,0 +1,6 @@
+"""libvirt's QEMU-only calls that drctl uses."""
+
+from libvirt import virDomain
+
+def qemuAgentCommand(domain: virDomain, cmd: str, timeout: int, flags: int) -> str: ...
+def qemuMonitorCommand(domain: virDomain, cmd: str, flags: int) -> str: ...
