@@ -1,0 +1,252 @@
+"""The mirrors of one group: attached, proven in order, attested, detached. Knows rings by their words, no shipper.
+
+Blocking, and called from one thread at a time (`attest` from any). Nothing here may end a guest: every step is the
+soft one of `hypervisor.mirror`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from drctl.appliance.group_state import DiskState, GroupState
+from drctl.errors import DrctlError
+from drctl.hypervisor.block_graph import MirrorName, MirrorState
+from drctl.hypervisor.mirror import Mirror, find
+from drctl.hypervisor.qmp import Monitor, command
+from drctl.model.machine import Machine, MachineState
+
+log = logging.getLogger(__name__)
+
+#: States in which a machine's disks are open and may be written.
+RUNNING = (MachineState.RUNNING, MachineState.PAUSED)
+
+
+class RingState(Protocol):
+    """What the mirrors need to know of the ring."""
+
+    def order_stamp(self) -> int: ...
+
+    def published(self) -> int: ...
+
+    def connection(self, number: int) -> int:
+        """0 when the disk's export has no connection."""
+        ...
+
+    def beating(self) -> bool:
+        """The tap's heartbeat is fresh: a dead tap goes unnoticed by an idle guest's QEMU."""
+        ...
+
+    def prove(self, stamp: int, sequence: int) -> None:
+        """Write down that the group is ordered from `sequence` on under `stamp`."""
+        ...
+
+
+class Host(Protocol):
+    """The hypervisor, as far as mirrors need it."""
+
+    def state(self, name: str) -> MachineState: ...
+
+    def monitor(self, name: str, sent: dict[str, Any]) -> Any: ...
+
+    def source_node(self, name: str, target: str) -> str:
+        """The root block node of a disk of a running machine."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the taps of a group listen, and how a sink is put there when the tap is dead."""
+
+    socket: str
+    start_sink: Callable[[], None]
+
+
+class Tapping:
+    """The mirrors of one group on this host. Keeps no state of its own but a lock: all is asked of QEMU."""
+
+    def __init__(self, host: Host, ring: RingState) -> None:
+        self._host = host
+        self._ring = ring
+        self._lock = threading.Lock()
+
+    def missing(self, state: GroupState, machines: Iterable[Machine]) -> list[int]:
+        """Numbers of the running machines' disks that have no mirror of this epoch. Their writes are being missed."""
+        numbers: list[int] = []
+        for machine in machines:
+            if machine.state in RUNNING:
+                found = {m.name for m in find(self._monitor(machine.name)) if not _ended(m)}
+                disks = _disks_of(state, machine.name)
+                numbers += [
+                    d.number for d in disks if MirrorName.of(state.generation, state.epoch, d.number) not in found
+                ]
+        return numbers
+
+    def attach(self, state: GroupState, machine: Machine, numbers: Iterable[int], place: Place) -> None:
+        """Attach these disks of a running machine, after clearing away mirrors of earlier epochs."""
+        monitor = self._monitor(machine.name)
+        ours = {MirrorName.of(state.generation, state.epoch, disk.number) for disk in state.disks}
+        for stale in find(monitor):
+            if stale.name not in ours:
+                log.info("%s: removing mirror %s of an earlier epoch", machine.name, stale.name.job)
+                self._remove(state, machine.name, stale, monitor, place)
+        for disk in _disks_of(state, machine.name):
+            if disk.number in numbers:
+                mirror = self._mirror(state, disk, monitor)
+                self._clear_ended(mirror, place)
+                mirror.attach(place.socket, disk.name)
+
+    def _clear_ended(self, mirror: Mirror, place: Place) -> None:
+        if mirror.inspect().present:
+            mirror.detach(place.start_sink)
+
+    def prove(self, state: GroupState, machines: Sequence[Machine], *, timeout_seconds: float = 10.0) -> str:
+        """Prove the order of the whole group and write it into the ring; "" on success, else why not yet.
+
+        The stamp and the connections must be the same before the first disk's proof and after the last's
+        (see Mirror.prove_order)."""
+        with self._lock:
+            stamp = self._ring.order_stamp()
+            running = [m for m in machines if m.state in RUNNING]
+            disks = [disk for m in running for disk in _disks_of(state, m.name)]
+            before = [self._ring.connection(disk.number) for disk in disks]
+            sequence = self._ring.published()
+            for machine in running:
+                monitor = self._monitor(machine.name)
+                for disk in _disks_of(state, machine.name):
+                    proven = self._mirror(state, disk, monitor).prove_order(
+                        self._ring.published,
+                        lambda number=disk.number: self._ring.connection(number) != 0,  # type: ignore[misc]
+                        timeout_seconds=timeout_seconds,
+                    )
+                    sequence = max(sequence, proven)
+            after = [self._ring.connection(disk.number) for disk in disks]
+            if stamp != self._ring.order_stamp() or (0 not in before and before != after):
+                return "order was lost again while it was being proven"
+            self._ring.prove(stamp, sequence)
+            return ""
+
+    def recover(self, state: GroupState, machines: Iterable[Machine]) -> None:
+        """Bring all mirrors back to `ready` after a tap's restart. Raises HypervisorRefused when one does not."""
+        for machine in machines:
+            if machine.state in RUNNING:
+                monitor = self._monitor(machine.name)
+                for disk in _disks_of(state, machine.name):
+                    self._mirror(state, disk, monitor).recover(
+                        lambda number=disk.number: self._ring.connection(number) != 0  # type: ignore[misc]
+                    )
+
+    def detach(self, state: GroupState, machines: Iterable[Machine], place: Place) -> list[str]:
+        """Remove all of drctl's mirrors from the machines; what could not be removed, in words."""
+        left: list[str] = []
+        for machine in machines:
+            if machine.state not in RUNNING:
+                continue
+            try:
+                monitor = self._monitor(machine.name)
+                for mirror in find(monitor):
+                    self._remove(state, machine.name, mirror, monitor, place)
+            except DrctlError as exc:
+                left.append(f"{machine.name}: {exc.message}")
+        return left
+
+    def _remove(self, state: GroupState, machine: str, found: MirrorState, monitor: Monitor, place: Place) -> None:
+        """Detach a mirror of any epoch. Its disk number tells the disk: numbers are never reused."""
+        disk = next((d for d in _disks_of(state, machine) if d.number == found.name.disk), None)
+        if disk is not None:
+            Mirror(monitor, found.name, self._host.source_node(machine, disk.target)).detach(place.start_sink)
+
+    def attest(self, state: GroupState, machines: Sequence[Machine]) -> str:
+        """Whether every disk of the group is attached now: "" for yes, else why not. Silence proves nothing.
+
+        `machines` may be some seconds old; whether they run is asked now."""
+        if not self._ring.beating():
+            return "the tap does not beat"
+        known = {machine.name: machine for machine in machines}
+        for name in state.spec.machines:
+            if name not in known:
+                return f"{name}: it is not on this host"
+            try:
+                reason = self._attest_machine(state, replace(known[name], state=self._host.state(name)))
+            except DrctlError as exc:
+                return f"{name}: {exc.message}"
+            if reason:
+                return f"{name}: {reason}"
+        return ""
+
+    def _attest_machine(self, state: GroupState, machine: Machine) -> str:
+        disks = _disks_of(state, machine.name)
+        targets = {disk.target for disk in disks}
+        if extra := [disk.target for disk in machine.disks if disk.target not in targets]:
+            return f"disk {extra[0]} is not protected"
+        if pending := [disk.target for disk in disks if disk.pass_needed]:
+            return f"{pending[0]}: the reader has to go over it"
+        if machine.state not in RUNNING:
+            return _left_in_order(machine, disks)
+        monitor = self._monitor(machine.name)
+        status = str(monitor(command("query-status")).get("status", ""))
+        if status in ("postmigrate", "finish-migrate", "inmigrate"):
+            return f"it is being moved ({status})"
+        jobs: Sequence[dict[str, Any]] = monitor(command("query-block-jobs"))
+        return next(filter(None, (self._attest_disk(state, disk, jobs) for disk in disks)), "")
+
+    def _attest_disk(self, state: GroupState, disk: DiskState, jobs: Sequence[dict[str, Any]]) -> str:
+        name = MirrorName.of(state.generation, state.epoch, disk.number)
+        job = next((job for job in jobs if job.get("device") == name.job), None)
+        if job is None:
+            return f"{disk.target}: the mirror is gone"
+        if job.get("status") != "ready" or job.get("io-status") != "ok":
+            return f"{disk.target}: the mirror is {job.get('status')}, io-status {job.get('io-status')}"
+        if self._ring.connection(disk.number) == 0:
+            return f"{disk.target}: not connected to the tap"
+        return ""
+
+    def states(self, state: GroupState, machine: Machine) -> dict[str, str]:
+        """For people: what each disk's mirror is doing."""
+        if machine.state not in RUNNING:
+            return {disk.target: "off" for disk in _disks_of(state, machine.name)}
+        found = {mirror.name: mirror for mirror in find(self._monitor(machine.name))}
+        words = {}
+        for disk in _disks_of(state, machine.name):
+            mirror = found.get(MirrorName.of(state.generation, state.epoch, disk.number))
+            words[disk.target] = "detached" if mirror is None else "attached" if mirror.healthy else mirror.status
+        return words
+
+    def _monitor(self, machine: str) -> Monitor:
+        return partial(self._host.monitor, machine)
+
+    def _mirror(self, state: GroupState, disk: DiskState, monitor: Monitor) -> Mirror:
+        name = MirrorName.of(state.generation, state.epoch, disk.number)
+        return Mirror(monitor, name, self._host.source_node(disk.machine, disk.target))
+
+
+def _ended(mirror: MirrorState) -> bool:
+    return mirror.status in ("concluded", "aborting", "null", "")
+
+
+def _disks_of(state: GroupState, machine: str) -> list[DiskState]:
+    return [disk for disk in state.disks if disk.machine == machine]
+
+
+def image_stamp(path: str) -> tuple[int, int, int] | None:
+    """(size, mtime in ns, inode) of an image file; None when it can't be told."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _left_in_order(machine: Machine, disks: Sequence[DiskState]) -> str:
+    """A machine that is off is attested when it left in order and nobody has touched its images since."""
+    sources = {disk.target: disk.source for disk in machine.disks}
+    for disk in disks:
+        if disk.left is None:
+            return f"{disk.target}: the machine is {machine.state} and did not leave in order"
+        if image_stamp(sources.get(disk.target, "")) != disk.left:
+            return f"{disk.target}: its image changed while the machine was off"
+    return ""
