@@ -108,11 +108,12 @@ class _Localizing:
         return ""
 
     def _pull(self) -> str:
-        name, target = self._machine.recovery_name, self._disk.target
+        hypervisor, name, target = self._tools.hypervisor, self._machine.recovery_name, self._disk.target
         try:
-            self._tools.hypervisor.pull(name, target)
-            while (job := self._tools.hypervisor.pull_progress(name, target)) is not None:
-                self._tell(*job)
+            if hypervisor.block_progress(name, target) is None:
+                hypervisor.block_pull(name, target)
+            while (job := hypervisor.block_progress(name, target)) is not None:
+                self._tell(job.done, job.total)
                 self._stop_if_asked()
                 self._tools.sleep(POLL_SECONDS)
         except Interrupted:

@@ -14,6 +14,7 @@ from drctl.appliance.recovery_steps import Steps
 from drctl.errors import DrctlError
 from drctl.model.extent import format_bytes
 from drctl.model.machine import MachineState
+from drctl.model.ports import Hypervisor
 
 #: A view that dies again and again is restarted at these distances; a guest that pauses again at once likewise
 #: (its overlay's file system is full, or a frame is damaged: neither is healed by haste).
@@ -93,7 +94,7 @@ class Guard:
         patience = self._machines.setdefault(machine.name, Patience())
         hypervisor, name = self.tools.hypervisor, machine.recovery_name
         try:
-            if hypervisor.state(name) is not MachineState.PAUSED or not hypervisor.stopped_by_error(name):
+            if hypervisor.state(name) is not MachineState.PAUSED or not _by_error(hypervisor, name):
                 return
             self._alert_until = now + ALERT_SECONDS
             if not patience.ready(now):
@@ -114,3 +115,9 @@ class Guard:
         if used and free < room.reserve:
             return f"only {format_bytes(free)} are free at {room.scratch}, {format_bytes(room.reserve)} are kept"
         return ""
+
+
+def _by_error(hypervisor: Hypervisor, name: str) -> bool:
+    """QEMU paused it on an I/O error; a guest that somebody suspended is none of our business."""
+    answer = hypervisor.monitor(name, {"execute": "query-status"})
+    return bool(answer["status"] == "io-error")

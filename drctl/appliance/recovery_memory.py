@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from drctl.appliance.recovery_ports import Recoverable, RecoverableMachine, Rewritten, Room, Tools
 from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
@@ -17,6 +18,7 @@ from drctl.model.checkpoint import Checkpoint, CheckpointKind
 from drctl.model.extent import GiB, MiB
 from drctl.model.group import GroupDisk, GroupSpec
 from drctl.model.machine import Machine, MachineState
+from drctl.model.ports import BlockProgress
 
 
 class Killed(BaseException):
@@ -145,27 +147,54 @@ class MemoryHypervisor:
     def close(self) -> None:
         pass
 
-    def stopped_by_error(self, name: str) -> bool:
-        return self._domain(name).by_error
+    def suspend(self, name: str) -> None:
+        self._domain(name).state = MachineState.PAUSED
 
-    def pull(self, name: str, target: str) -> None:
+    def set_autostart(self, name: str, on: bool) -> None:
+        with self._world.effects.effect(f"autostart {name} {on}"):
+            self._domain(name)
+
+    def live_definition(self, name: str) -> str:
+        return self.definition(name)
+
+    def capabilities(self) -> str:
+        return "<capabilities/>"
+
+    def monitor(self, name: str, sent: dict[str, Any]) -> Any:
+        domain = self._domain(name)
+        if sent["execute"] != "query-status":
+            raise HypervisorRefused(f"{sent['execute']} is unknown here")
+        return {"status": "io-error" if domain.by_error else domain.state.value}
+
+    def agent(self, name: str, sent: dict[str, Any], *, timeout_seconds: int = 5) -> Any:
+        raise HypervisorRefused(f"{name} has no agent")
+
+    def source_node(self, name: str, target: str) -> str:
+        return f"{name}-{target}"
+
+    def block_pull(self, name: str, target: str, *, bytes_per_second: int = 0) -> None:
         with self._world.effects.effect(f"pull {name}.{target}"):
             if self._domain(name).state is not MachineState.RUNNING:
                 raise HypervisorRefused(f"{name} does not run")
-            self.pulls.setdefault((name, target), 0)
+            if (name, target) in self.pulls:
+                raise HypervisorRefused(f"{name}.{target} has a job already")
+            self.pulls[name, target] = 0
 
-    def pull_progress(self, name: str, target: str) -> tuple[int, int] | None:
+    def block_progress(self, name: str, target: str) -> BlockProgress | None:
         """Each look finds a third more of it done."""
         done = self.pulls.get((name, target))
         if done is None:
             return None
         self.pulls[name, target] = done = done + 1
         if done < 3:
-            return done, 3
+            return BlockProgress(done, 3)
         del self.pulls[name, target]
         overlay = next(path for path in self._world.images.files if f"{name}.{target}" in path)
         self._world.images.files[overlay] = None
         return None
+
+    def block_abort(self, name: str, target: str) -> None:
+        self.pulls.pop((name, target), None)
 
     def _may(self, name: str) -> None:
         if name in self.refuse:

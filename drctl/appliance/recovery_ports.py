@@ -111,22 +111,6 @@ class Views(Protocol):
         ...
 
 
-class RecoveryHypervisor(Hypervisor, Protocol):
-    """A hypervisor that can also tell why a machine is paused, and localize a disk under a running guest."""
-
-    def stopped_by_error(self, name: str) -> bool:
-        """The machine is paused because of an I/O error (and not because somebody asked for it)."""
-        ...
-
-    def pull(self, name: str, target: str) -> None:
-        """Begin to copy all that is below a disk into it; returns at once. Nothing happens when it runs already."""
-        ...
-
-    def pull_progress(self, name: str, target: str) -> tuple[int, int] | None:
-        """(done, all) in bytes, None when no such job runs."""
-        ...
-
-
 class Definitions(Protocol):
     """Definitions for this host. Raises HypervisorRefused when one can't be made."""
 
@@ -152,7 +136,7 @@ class Room:
 class Tools:
     """Everything that the steps of a recovery act through."""
 
-    hypervisor: RecoveryHypervisor
+    hypervisor: Hypervisor
     stores: Stores
     images: Images
     views: Views

@@ -5,7 +5,6 @@ what may exist and looks. Times are wall seconds since the epoch (UTC) of this h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 
 from drctl.errors import IntegrityError, NotFound, UnsupportedFormat
+from drctl.store import atomic
 
 FORMAT = 1
 
@@ -169,19 +169,8 @@ class RecoveryFiles:
         self._directory = directory
 
     def save(self, recovery: RecoveryRecord) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{recovery.id}.json"
-        temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(recovery), indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        atomic.make_directory(self._directory)
+        atomic.write_json(self._directory / f"{recovery.id}.json", msgspec.to_builtins(recovery))
 
     def load(self, identity: str) -> RecoveryRecord:
         """Raises NotFound, IntegrityError (not readable) or UnsupportedFormat."""
