@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -32,10 +33,19 @@ class DiskState(msgspec.Struct, frozen=True):
         return f"{self.machine}.{self.target}"
 
 
+class Desired(StrEnum):
+    """What the operator asked for; the protection works towards it."""
+
+    STOPPED = "stopped"
+    PROTECTED = "protected"
+    PAUSED = "paused"
+
+
 class GroupState(msgspec.Struct, frozen=True):
     """Invariant: numbers of disks are never reused; `epoch` names the ring in `run/rings` or is empty."""
 
     spec: GroupSpec
+    desired: Desired = Desired.STOPPED
     phase: Phase = Phase.UNPROTECTED
     reason: str = ""
     generation: int = 1

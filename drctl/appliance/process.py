@@ -68,8 +68,21 @@ class Processes:
     def spawn(self, name: str, module: str, arguments: Sequence[str], *, nice: int = 0) -> Child:
         """Start `python -m module arguments` in a session of its own, output to logs/NAME.log."""
         command = [sys.executable, "-m", module, *arguments]
-        if nice:
-            command = ["nice", "-n", str(nice), *command]
+        return self._start(name, ["nice", "-n", str(nice), *command] if nice else command)
+
+    def run(self, name: str, command: Sequence[str], *, ready: Path, timeout_seconds: float = 5.0) -> Child:
+        """Start another program, and wait until its socket `ready` is there. Raises StepFailed."""
+        self.end(name)
+        child = self._start(name, command)
+        deadline = time.monotonic() + timeout_seconds
+        while not ready.exists():
+            if not self.find(name) or time.monotonic() > deadline:
+                self.end(name)
+                raise StepFailed(f"{command[0]} did not start", hint=f"see {self._logs / f'{name}.log'}")
+            time.sleep(0.01)
+        return child
+
+    def _start(self, name: str, command: Sequence[str]) -> Child:
         with (self._logs / f"{name}.log").open("ab") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from drctl.appliance.group_state import DiskState, GroupState
 from drctl.errors import DrctlError
+from drctl.hypervisor.attestation import ask
 from drctl.hypervisor.block_graph import MirrorName, MirrorState
 from drctl.hypervisor.mirror import Mirror, find
-from drctl.hypervisor.qmp import Monitor, command
+from drctl.hypervisor.qmp import Monitor
 from drctl.model.machine import Machine, MachineState
 
 log = logging.getLogger(__name__)
@@ -188,22 +189,11 @@ class Tapping:
         if machine.state not in RUNNING:
             return _left_in_order(machine, disks)
         monitor = self._monitor(machine.name)
-        status = str(monitor(command("query-status")).get("status", ""))
-        if status in ("postmigrate", "finish-migrate", "inmigrate"):
-            return f"it is being moved ({status})"
-        jobs: Sequence[dict[str, Any]] = monitor(command("query-block-jobs"))
-        return next(filter(None, (self._attest_disk(state, disk, jobs) for disk in disks)), "")
-
-    def _attest_disk(self, state: GroupState, disk: DiskState, jobs: Sequence[dict[str, Any]]) -> str:
-        name = MirrorName.of(state.generation, state.epoch, disk.number)
-        job = next((job for job in jobs if job.get("device") == name.job), None)
-        if job is None:
-            return f"{disk.target}: the mirror is gone"
-        if job.get("status") != "ready" or job.get("io-status") != "ok":
-            return f"{disk.target}: the mirror is {job.get('status')}, io-status {job.get('io-status')}"
-        if self._ring.connection(disk.number) == 0:
-            return f"{disk.target}: not connected to the tap"
-        return ""
+        answer = ask(monitor, [MirrorName.of(state.generation, state.epoch, disk.number) for disk in disks])
+        if not answer.attached:
+            return answer.reason
+        unconnected = [disk.target for disk in disks if self._ring.connection(disk.number) == 0]
+        return f"{unconnected[0]}: not connected to the tap" if unconnected else ""
 
     def states(self, state: GroupState, machine: Machine) -> dict[str, str]:
         """For people: what each disk's mirror is doing."""

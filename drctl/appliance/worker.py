@@ -112,6 +112,9 @@ class Worker:
         words = self.ring.words
         return words[Word.ORDERED_STAMP] == words[Word.ORDER_STAMP]
 
+    def proven_stamp(self) -> int:
+        return self.ring.words[Word.ORDERED_STAMP]
+
     def prove(self, stamp: int, sequence: int) -> None:
         # The sequence first: whoever sees the stamp must see the sequence that belongs to it.
         self.ring.words[Word.ORDERED_SEQUENCE] = sequence

@@ -1,0 +1,118 @@
+"""The ways into the disks for one pass of the reader: QEMU's own exports of running machines, `qemu-nbd` for others.
+
+QEMU has one NBD server, and others want it too: it is ours only while a pass runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from drctl.appliance.config import Home
+from drctl.appliance.group_state import DiskState, GroupState
+from drctl.appliance.process import Processes
+from drctl.appliance.shipper_link import Export
+from drctl.appliance.tapping import RUNNING
+from drctl.errors import DrctlError
+from drctl.hypervisor.reader_export import export_start, export_stop
+from drctl.model.machine import Machine
+
+log = logging.getLogger(__name__)
+
+
+class ExportingHost(Protocol):
+    def monitor(self, name: str, sent: dict[str, Any]) -> Any: ...
+
+    def source_node(self, name: str, target: str) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A pass: which disks, which machines export them, which qemu-nbd processes serve the rest."""
+
+    mode: str
+    numbers: tuple[int, ...]
+    machines: tuple[str, ...]
+    servers: tuple[str, ...]
+
+
+class Passes:
+    """At most one pass of one group at a time. Called from the protection's thread only."""
+
+    def __init__(self, home: Home, group: str, host: ExportingHost, processes: Processes) -> None:
+        self._home = home
+        self._group = group
+        self._host = host
+        self._processes = processes
+        self._now: _Running | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._now is not None
+
+    def begin(
+        self, mode: str, numbers: Sequence[int], state: GroupState, machines: Iterable[Machine]
+    ) -> dict[int, Export]:
+        """Open the disks for reading. Raises HypervisorRefused, then nothing is left open."""
+        exports: dict[int, Export] = {}
+        opened: list[str] = []
+        servers: list[str] = []
+        try:
+            for machine in machines:
+                disks = [d for d in state.disks if d.machine == machine.name and d.number in numbers]
+                if not disks:
+                    continue
+                if machine.state in RUNNING:
+                    opened.append(machine.name)
+                    exports |= self._from_qemu(machine.name, disks)
+                else:
+                    for disk in disks:
+                        servers.append(self._server_name(disk))
+                        exports |= self._from_image(machine, disk)
+        except DrctlError:
+            self._close(opened, servers)
+            raise
+        self._now = _Running(mode, tuple(numbers), tuple(opened), tuple(servers))
+        return exports
+
+    def end(self) -> tuple[int, ...]:
+        """Close what is open; the disks that the pass was about."""
+        now, self._now = self._now, None
+        if now is None:
+            return ()
+        self._close(now.machines, now.servers)
+        return now.numbers
+
+    def _from_qemu(self, machine: str, disks: Sequence[DiskState]) -> dict[int, Export]:
+        socket = self._socket(machine)
+        nodes = {disk.name: self._host.source_node(machine, disk.target) for disk in disks}
+        export_start(partial(self._host.monitor, machine), str(socket), nodes)
+        return {disk.number: Export(str(socket), disk.name) for disk in disks}
+
+    def _from_image(self, machine: Machine, disk: DiskState) -> dict[int, Export]:
+        facts = next(d for d in machine.disks if d.target == disk.target)
+        socket = self._socket(disk.name)
+        socket.unlink(missing_ok=True)
+        # Read-only and persistent: the reader may connect again after a broken link.
+        arguments = ["--read-only", "--persistent", "--shared=4", f"--format={facts.format}"]
+        arguments += [f"--socket={socket}", f"--export-name={disk.name}", facts.source]
+        self._processes.run(self._server_name(disk), ["qemu-nbd", *arguments], ready=socket)
+        return {disk.number: Export(str(socket), disk.name)}
+
+    def _close(self, machines: Iterable[str], servers: Iterable[str]) -> None:
+        for machine in machines:
+            try:
+                export_stop(partial(self._host.monitor, machine))
+            except DrctlError as exc:
+                log.info("%s: reader's export not closed: %s", machine, exc.message)
+        for server in servers:
+            self._processes.end(server)
+
+    def _server_name(self, disk: DiskState) -> str:
+        return f"export-{self._group}-{disk.number}"
+
+    def _socket(self, name: str) -> Path:
+        return self._home.run / "exports" / f"{self._group}-{name}.sock"

@@ -1,0 +1,345 @@
+"""The protection of one group on its source host: what is wanted, what is true, and the next step towards it.
+
+Level-triggered: every look compares what is true at QEMU, in the ring and at the shipper with what is wanted, and does
+what is missing. Events only make the next look come sooner. So a restarted supervisor, a killed tap, a rebooted guest
+and a mirror cancelled by hand are one case."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import msgspec
+
+from drctl.appliance.config import Home
+from drctl.appliance.definition import DefinitionFile
+from drctl.appliance.group_state import Desired, GroupFiles, GroupState
+from drctl.appliance.passes import Passes
+from drctl.appliance.process import Processes
+from drctl.appliance.shipper_link import ShipperLink
+from drctl.appliance.tapping import RUNNING, Place, Tapping, image_stamp
+from drctl.appliance.worker import Worker
+from drctl.errors import DrctlError, PreconditionFailed
+from drctl.model.machine import Machine, MachineState
+from drctl.model.phase import Event, Phase, advance
+
+log = logging.getLogger(__name__)
+
+#: Time between two looks when nothing happens. A fault is noticed within it; a look costs a few monitor commands.
+LOOK_SECONDS = 0.25
+#: The machines' disks are asked for this often without an event (sizes and new disks; states are asked each look).
+MACHINES_SECONDS = 2.0
+
+
+class SourceHost(Protocol):
+    """What protection needs of a hypervisor (LibvirtHypervisor has it)."""
+
+    def machine(self, name: str) -> Machine: ...
+
+    def state(self, name: str) -> MachineState: ...
+
+    def definition(self, name: str) -> str: ...
+
+    def monitor(self, name: str, sent: dict[str, Any]) -> Any: ...
+
+    def source_node(self, name: str, target: str) -> str: ...
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the last look saw, for status and for the next look. Owned by the protection's thread."""
+
+    machines: list[Machine] = field(default_factory=list)
+    machines_at: float = 0.0
+    running: frozenset[str] = frozenset()
+
+
+class Protection:
+    """One thread per group that is protected here. Public methods may be called from any thread."""
+
+    def __init__(self, home: Home, files: GroupFiles, group: str, host: SourceHost, processes: Processes) -> None:
+        self._home = home
+        self._files = files
+        self._state = files.load(group)
+        self._host = host
+        self.worker = Worker(home, group, processes)
+        self.tapping = Tapping(host, self.worker)
+        self.shipper = ShipperLink(home, self._state, self.worker)
+        self._passes = Passes(home, group, host, processes)
+        self._definition = DefinitionFile(home, group, host)
+        self._seen = _Seen()
+        self._wake = threading.Event()
+        self._lock = threading.RLock()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    # -- from outside -----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> GroupState:
+        return self._state
+
+    @property
+    def machines(self) -> Sequence[Machine]:
+        return self._seen.machines
+
+    def run(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._loop, name=f"protect-{self._state.spec.name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop looking. Tap, shipper and mirrors go on without us."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(10)
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def want(self, desired: Desired) -> None:
+        """Raises WrongPhase or PreconditionFailed when it can't be had; then nothing has changed."""
+        with self._lock:
+            if desired is Desired.PROTECTED:
+                self._check_machines()
+                event = Event.RESUME if self._state.phase in (Phase.PAUSED, Phase.BROKEN) else Event.START
+                if self._state.desired is not Desired.PROTECTED:
+                    self._keep(phase=advance(self._state.spec.name, self._state.phase, event), desired=desired)
+            elif desired is Desired.PAUSED:
+                self._keep(phase=advance(self._state.spec.name, self._state.phase, Event.PAUSE), desired=desired)
+            else:
+                self._keep(phase=advance(self._state.spec.name, self._state.phase, Event.STOP), desired=desired)
+        self.wake()
+
+    def changed_spec(self) -> None:
+        """The group's file was written anew."""
+        with self._lock:
+            self._state = msgspec.structs.replace(self._state, spec=self._files.load(self._state.spec.name).spec)
+            self.shipper.configure(self._state)
+        self.wake()
+
+    def attest(self) -> str:
+        """Whether what was marked just now is a true point in time: "" or why not (see Tapping.attest)."""
+        state = self._state
+        if state.desired is not Desired.PROTECTED:
+            return f"the group is {state.phase}"
+        return self.tapping.attest(state, self._seen.machines)
+
+    def superseded(self, reason: str) -> None:
+        """The other site reigns: this one may neither run nor replicate the group any more."""
+        with self._lock:
+            if self._state.phase is not Phase.FAILED_OVER:
+                self._keep(phase=Phase.FAILED_OVER, reason=reason, desired=Desired.STOPPED)
+        self.wake()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                self._look()
+            except DrctlError as exc:
+                self._say(exc.message)
+            except Exception as exc:  # the supervisor's edge: one group's bug must not end the protection of others
+                log.exception("%s: look failed", self._state.spec.name)
+                self._say(f"unexpected {type(exc).__name__}: {exc}")
+            self._wake.wait(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        if self._state.desired is Desired.PROTECTED:
+            self._protect()
+        else:
+            self._withdraw()
+
+    def _protect(self) -> None:
+        self._look_at_machines()
+        if not self.worker.adopt_ring(self._state):
+            self._begin_epoch()
+        self._definition.refresh(self._state)
+        if self.worker.ensure_tap():
+            self._say("the tap was started")
+        self._note_power()
+        self._attach()
+        self.shipper.ensure(self._state)
+        self._order_and_passes()
+
+    def _look_at_machines(self) -> None:
+        """Raises HostUnreachable, or NotFound when a machine of the group is gone."""
+        now = time.monotonic()
+        if now - self._seen.machines_at > MACHINES_SECONDS or not self._seen.machines:
+            self._seen.machines = [self._host.machine(name) for name in self._state.spec.machines]
+            self._seen.machines_at = now
+            return
+        self._seen.machines = [
+            replace(machine, state=self._host.state(machine.name)) for machine in self._seen.machines
+        ]
+
+    def _begin_epoch(self) -> None:
+        """No ring, or not ours: what was in it is lost, so every disk has to be gone over."""
+        with self._lock:
+            first = not self._state.epoch
+            state = self._state.with_machines(self._seen.machines)
+            epoch = self.worker.new_ring(state)
+            disks = tuple(msgspec.structs.replace(disk, pass_needed=True, left=None) for disk in state.disks)
+            phase = self._state.phase if first else advance(state.spec.name, state.phase, Event.RING_LOST)
+            self._state = state
+            self._keep(epoch=epoch, disks=disks, phase=phase)
+            self.shipper.configure(self._state)
+
+    def _note_power(self) -> None:
+        """A machine that went off in order stays provable while its images stay as they are; one that came on was
+        written by nobody we know, so it must be gone over."""
+        running = frozenset(machine.name for machine in self._seen.machines if machine.state in RUNNING)
+        went_off = self._seen.running - running
+        self._seen.running = running
+        if not went_off:
+            return
+        lost = [disk for disk in self._state.disks if disk.machine in went_off]
+        words_behind = self.worker.order_stamp() - self.worker.proven_stamp()
+        in_order = words_behind == len(lost) and not any(disk.pass_needed for disk in lost)
+        for machine in self._seen.machines:
+            if machine.name in went_off:
+                self._note_left(machine, in_order=in_order)
+
+    def _note_left(self, machine: Machine, *, in_order: bool) -> None:
+        sources = {disk.target: disk.source for disk in machine.disks}
+        with self._lock:
+            for disk in self._state.disks:
+                if disk.machine == machine.name:
+                    left = image_stamp(sources.get(disk.target, "")) if in_order else None
+                    self._state = self._state.with_disk(disk.number, left=left)
+            self._keep()
+
+    def _attach(self) -> None:
+        missing = set(self.tapping.missing(self._state, self._seen.machines))
+        if not missing:
+            return
+        # Written down first: whoever comes after a crash here must know that these disks missed writes.
+        with self._lock:
+            for number in missing:
+                self._state = self._state.with_disk(number, pass_needed=True, left=None)
+            self._keep()
+        self._passes.end()
+        self.shipper.cancel_sync()
+        place = Place(str(self.worker.socket_path), self.worker.start_sink)
+        for machine in self._seen.machines:
+            if machine.state in RUNNING:
+                self.tapping.attach(self._state, machine, missing, place)
+
+    # -- order and passes -------------------------------------------------------------------------------------------
+
+    def _order_and_passes(self) -> None:
+        report = self.shipper.report()
+        if report is None:
+            self._settle("the shipper has not reported yet")
+            return
+        if report.superseded:
+            self.superseded(report.reason)
+            return
+        if self._passes.running:
+            self._follow_pass(active=report.sync_active, done=report.sync_done)
+            return
+        mode, numbers = self._pass_wanted(report.wants)
+        if mode:
+            exports = self._passes.begin(mode, numbers, self._state, self._seen.machines)
+            self.shipper.start_sync(mode, exports)
+            self._settle(f"the reader goes over {len(numbers)} disk(s)")
+        elif report.wants not in ("nothing", "dirty"):
+            self._settle(report.reason or "the other site was not reached yet")
+        else:
+            self._prove(report.reason)
+
+    def _pass_wanted(self, wants: str) -> tuple[str, list[int]]:
+        """(mode, disks) of the pass that has to run now; mode is "" when none has, or the link does not stand."""
+        every = [disk.number for disk in self._state.disks]
+        if wants in ("initial", "full"):
+            return wants, every
+        if wants in ("nothing", "dirty") and (pending := [d.number for d in self._state.disks if d.pass_needed]):
+            return "full", pending
+        if wants == "dirty" and not self.worker.dropping():
+            return "dirty", every
+        return "", []
+
+    def _follow_pass(self, *, active: bool, done: bool) -> None:
+        if active:
+            self._settle("")
+            return
+        numbers = self._passes.end()
+        if done:
+            with self._lock:
+                for number in numbers:
+                    self._state = self._state.with_disk(number, pass_needed=False)
+                self._keep()
+
+    def _prove(self, reason: str) -> None:
+        if self.worker.ordered():
+            self._settle(reason)
+            self._arrive()
+        elif self.worker.dropping():
+            self._settle("the ring was full; dropped blocks are read again")
+        else:
+            why = self.tapping.prove(self._state, self._seen.machines)
+            self._settle(why)
+
+    def _arrive(self) -> None:
+        if self._state.phase in (Phase.SYNCING, Phase.CATCHING_UP):
+            self._keep(phase=advance(self._state.spec.name, self._state.phase, Event.SYNCED), reason="")
+
+    def _settle(self, reason: str) -> None:
+        """Write down why no checkpoint can be made now; leave `live` when order is gone."""
+        if self._state.phase is Phase.LIVE and not self.worker.ordered():
+            self._keep(phase=advance(self._state.spec.name, Phase.LIVE, Event.ORDER_LOST))
+        self._say(reason)
+
+    # -- leaving ----------------------------------------------------------------------------------------------------
+
+    def _withdraw(self) -> None:
+        """Detach everything softly, then end shipper and tap. Nothing to do when all is gone."""
+        if not self._state.epoch:
+            return
+        self._look_at_machines()
+        self._passes.end()
+        if self.worker.adopt_ring(self._state):
+            self.worker.ensure_tap()
+            place = Place(str(self.worker.socket_path), self.worker.start_sink)
+            if left := self.tapping.detach(self._state, self._seen.machines, place):
+                self._say("; ".join(left))
+                return
+        self.worker.remove()
+        with self._lock:
+            disks = tuple(msgspec.structs.replace(disk, pass_needed=True, left=None) for disk in self._state.disks)
+            self._keep(epoch="", disks=disks)
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _check_machines(self) -> None:
+        """Every machine exists here and every disk of it can be tapped. Raises PreconditionFailed or NotFound."""
+        for name in self._state.spec.machines:
+            machine = self._host.machine(name)
+            for disk in machine.disks:
+                if disk.refusal:
+                    raise PreconditionFailed(
+                        f"{name}: disk {disk.target} can't be tapped: {disk.refusal}",
+                        hint="take the machine out of the group, or change the disk",
+                        machine=name,
+                        disk=disk.target,
+                    )
+            if not machine.disks:
+                raise PreconditionFailed(f"{name} has no disk to protect", machine=name)
+
+    def _keep(self, **changes: Any) -> None:
+        with self._lock:
+            self._state = msgspec.structs.replace(self._state, **changes)
+            self._files.save(self._state)
+
+    def _say(self, reason: str) -> None:
+        if reason != self._state.reason:
+            if reason:
+                log.info("%s: %s", self._state.spec.name, reason)
+            self._keep(reason=reason)

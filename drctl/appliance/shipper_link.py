@@ -1,0 +1,129 @@
+"""The supervisor's side of a shipper: its configuration, its start, its reports, and the passes it is told to run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drctl import __version__
+from drctl.appliance.client import Client
+from drctl.appliance.config import Home
+from drctl.appliance.group_state import GroupState
+from drctl.appliance.worker import Worker
+from drctl.errors import ApplianceUnreachable, DrctlError
+
+#: A report that is older says nothing about now (the shipper reports each second and on every change).
+REPORT_SECONDS = 5.0
+#: Refusals of the receiver that mean that the other site reigns now.
+SUPERSEDED = ("superseded", "refused-superseded")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The parts of a shipper's status that the protection decides by. `wants` is a pass: `unknown`, `initial`,
+    `full`, `dirty` or `nothing`."""
+
+    wants: str
+    reason: str
+    sync_active: bool
+    sync_done: bool
+    superseded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Where the reader finds a disk: an NBD unix socket and the export's name there."""
+
+    socket: str
+    export: str
+
+
+class ShipperLink:
+    """One group's shipper as the supervisor knows it. `take` is called from the control socket's threads."""
+
+    def __init__(self, home: Home, state: GroupState, worker: Worker) -> None:
+        self._home = home
+        self._worker = worker
+        self.config_path: Path = home.run / "shippers" / f"{state.spec.name}.json"
+        self._taken: tuple[float, dict[str, Any]] = (0.0, {})
+
+    def configure(self, state: GroupState) -> None:
+        """Write the shipper's configuration; a running one is ended so that it starts anew with it."""
+        config = self._home.config
+        peer = self._home.peer(state.spec.recovery)
+        text = json.dumps(
+            {
+                "group": state.spec.name,
+                "host": config.host,
+                "appliance": config.uuid,
+                "ring": str(self._worker.ring_path),
+                "bell": str(self._worker.bell_path),
+                "control": str(self._worker.shipper_socket),
+                "supervisor": str(self._home.control),
+                "peer": peer.link,
+                "peer_appliance": peer.uuid,
+                "tls": str(self._home.tls),
+                "definition": str(self._home.groups / f"{state.spec.name}.definition"),
+                "interval": state.spec.checkpoint_interval,
+                "software": __version__,
+            },
+            indent=1,
+        )
+        if self.config_path.exists() and self.config_path.read_text() == text:
+            return
+        self.config_path.write_text(text)
+        self._worker.end_shipper()
+
+    def ensure(self, state: GroupState) -> None:
+        self.configure(state)
+        if self._worker.ensure_shipper(self.config_path):
+            self._taken = (0.0, {})
+
+    def take(self, status: dict[str, Any]) -> None:
+        """A report has come in."""
+        self._taken = (time.monotonic(), status)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The newest status; empty when there is none that is fresh."""
+        taken, status = self._taken
+        return status if time.monotonic() - taken < REPORT_SECONDS else {}
+
+    def report(self) -> Report | None:
+        status = self.status
+        if not status or status.get("epoch") != self._worker.ring.epoch:
+            return None
+        sync = status.get("sync") or {}
+        error = (status.get("link") or {}).get("error") or {}
+        connected = (status.get("link") or {}).get("state") == "connected"
+        reason = "" if connected else str(error.get("message") or "the other site is not reached")
+        active = str(sync.get("state")) not in ("done", "None") or sync.get("job") == "running"
+        return Report(
+            wants=str(status.get("needs", "unknown")) if connected else "unknown",
+            reason=reason,
+            sync_active=active,
+            sync_done=sync.get("state") == "done",
+            superseded=str(error.get("refusal")) in SUPERSEDED,
+        )
+
+    def call(self, method: str, params: dict[str, Any] | None = None, timeout_seconds: float = 10.0) -> Any:
+        """Raises ApplianceUnreachable when the shipper does not answer."""
+        return Client(f"unix:{self._worker.shipper_socket}").call(method, params, timeout=timeout_seconds)
+
+    def refresh(self) -> None:
+        """Ask for the status now, without waiting for the next report."""
+        self.take(self.call("status"))
+
+    def start_sync(self, mode: str, exports: dict[int, Export]) -> None:
+        disks = {str(number): {"socket": e.socket, "export": e.export} for number, e in exports.items()}
+        self.call("sync.start", {"mode": mode, "disks": disks})
+        self.refresh()
+
+    def cancel_sync(self) -> None:
+        try:
+            self.call("sync.cancel")
+        except (ApplianceUnreachable, DrctlError):
+            return
