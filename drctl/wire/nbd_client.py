@@ -321,6 +321,8 @@ class NbdClient:
         return True
 
     def _offset_data(self, cookie: int, pending: _Pending, length: int, last: bool) -> bool:
+        if length <= 8:
+            raise ProtocolViolation(f"the NBD server announced a chunk of data of {length} bytes")
         if not self._have(nbd.STRUCTURED_REPLY.size + 8):
             return False
         self._position += nbd.STRUCTURED_REPLY.size
