@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,9 +124,9 @@ class Table:
         self, key: str, default: Any = REQUIRED, *, minimum: float = 0, maximum: float = float("inf")
     ) -> float:
         """Seconds, written as `"5s"`."""
+        value: float = self._parsed(key, parse_duration, default)
         if key not in self._data:
-            return self._default(key, default)
-        value = self._parsed(key, parse_duration)
+            return value
         if not minimum <= value <= maximum:
             upper = "" if maximum == float("inf") else f", at most {format_duration(maximum)}"
             raise self.error(
@@ -136,10 +136,8 @@ class Table:
 
     def size(self, key: str, default: Any = REQUIRED, *, minimum: int = 0) -> int:
         """Bytes, written as `"64 GiB"`."""
-        if key not in self._data:
-            return self._default(key, default)
-        value = self._parsed(key, parse_bytes)
-        if value < minimum:
+        value: int = self._parsed(key, parse_bytes, default)
+        if key in self._data and value < minimum:
             raise self.error(key, f"{format_bytes(value)} is too small", hint=f"at least {format_bytes(minimum)}")
         return value
 
@@ -187,7 +185,9 @@ class Table:
             raise self.error("", f"{key} is missing" if self._path else f"key {key!r} is missing")
         return default
 
-    def _parsed(self, key: str, parse: Any) -> Any:
+    def _parsed(self, key: str, parse: Callable[[str], Any], default: Any) -> Any:
+        if key not in self._data:
+            return self._default(key, default)
         self._known.append(key)
         value = self._data[key]
         try:

@@ -1,0 +1,144 @@
+"""`drctl.toml`: the sites, their hosts and the defaults of groups; and where it is looked for. Knows no appliance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from drctl.appliance.toml_file import Table, read_toml
+from drctl.errors import ConfigInvalid, NotFound
+from drctl.model.extent import GiB, MiB
+from drctl.model.group import Retention
+from drctl.model.site import Host, HostKind, Site
+
+FILE = "drctl.toml"
+#: What names of sites, hosts and groups are made of: they become parts of file names and of unix socket paths,
+#: which the kernel limits to 107 bytes in all.
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
+MINIMUM_INTERVAL = 0.5
+MAXIMUM_INTERVAL = 60.0
+MINIMUM_RING = 16 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a group file may leave out. Interval in seconds, sizes in bytes."""
+
+    checkpoint_interval: float = 5.0
+    ring_size: int = 256 * MiB
+    retention: Retention = field(default_factory=Retention)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The operator's view of the world. `origin` is what headers say about where it came from;
+    `directory` holds groups/*.toml, or is None when there is no configuration (the local appliance alone)."""
+
+    origin: str
+    directory: Path | None
+    sites: tuple[Site, ...]
+    defaults: Defaults = field(default_factory=Defaults)
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        return tuple(host for site in self.sites for host in site.hosts)
+
+    def site(self, name: str) -> Site:
+        """Raises NotFound."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise NotFound("site", name, known=[site.name for site in self.sites])
+
+    def host(self, name: str) -> Host:
+        """Raises NotFound."""
+        for host in self.hosts:
+            if host.name == name:
+                return host
+        raise NotFound("host", name, known=[host.name for host in self.hosts])
+
+
+def config_candidates(environment: Mapping[str, str]) -> list[Path]:
+    """The places where a configuration is looked for when none is named, in order."""
+    user = Path(environment.get("XDG_CONFIG_HOME") or Path(environment.get("HOME", "/")) / ".config")
+    return [Path(FILE), user / "drctl" / FILE, Path("/etc/drctl") / FILE]
+
+
+def load_config(path: Path) -> Config:
+    """Read a drctl.toml, or the one in a directory. Raises ConfigInvalid."""
+    file = path / FILE if path.is_dir() else path
+    top = read_toml(file)
+    names = _sites(top)
+    hosts = _hosts(top, names)
+    defaults = read_defaults(top.table("defaults"))
+    top.finish()
+    sites = tuple(Site(name, tuple(host for host in hosts if host.site == name)) for name in names)
+    return Config(f"config {file}", file.parent, sites, defaults)
+
+
+def read_defaults(table: Table) -> Defaults:
+    """The `[defaults]` table. Raises ConfigInvalid."""
+    base = Defaults()
+    defaults = Defaults(
+        checkpoint_interval=read_interval(table, base.checkpoint_interval),
+        ring_size=table.size("ring_size", base.ring_size, minimum=MINIMUM_RING),
+        retention=Retention(
+            history=table.duration("history", base.retention.history, minimum=60),
+            journal_limit=table.size("journal_limit", base.retention.journal_limit, minimum=GiB // 4),
+        ),
+    )
+    table.finish()
+    return defaults
+
+
+def read_interval(table: Table, default: float) -> float:
+    """`checkpoint_interval` in seconds. Raises ConfigInvalid."""
+    return table.duration("checkpoint_interval", default, minimum=MINIMUM_INTERVAL, maximum=MAXIMUM_INTERVAL)
+
+
+def _sites(top: Table) -> list[str]:
+    names: list[str] = []
+    for table in top.tables("site"):
+        name = table.text("name", pattern=NAME, example="alpha")
+        if name in names:
+            raise table.error("name", f"site {name!r} is there twice")
+        table.finish()
+        names.append(name)
+    if not names:
+        raise top.error("", "names no site", hint='write [[site]] and name = "alpha" for each site')
+    return names
+
+
+def _hosts(top: Table, sites: list[str]) -> list[Host]:
+    hosts: list[Host] = []
+    for table in top.tables("host"):
+        host = _host(table, sites)
+        if any(host.name == other.name for other in hosts):
+            raise table.error("name", f"host {host.name!r} is there twice")
+        hosts.append(host)
+    return hosts
+
+
+def _host(table: Table, sites: list[str]) -> Host:
+    host = Host(
+        name=table.text("name", pattern=NAME, example="alpha1"),
+        site=table.choice("site", sites),
+        kind=HostKind(table.choice("kind", [HostKind.LIBVIRT], HostKind.LIBVIRT)),
+        uri=table.text("uri", "qemu:///system"),
+        control=table.text("control", "unix:/run/drctl/control.sock"),
+        link=table.text("link", "", pattern=r"\S+:\d{1,5}", example="192.0.2.10:7077"),
+    )
+    table.finish()
+    if not host.control.startswith("unix:/"):
+        hint = 'write control = "unix:/run/drctl/control.sock"; control over ssh is not supported by this version'
+        raise table.error("control", f"{host.control!r} is not unix:PATH with an absolute path", hint=hint)
+    return host
+
+
+def nothing_found(places: list[Path], home: Path) -> ConfigInvalid:
+    """The error of a command line that has neither a configuration nor a local appliance."""
+    looked = ", ".join(str(place) for place in [*places, home / "appliance.toml"])
+    return ConfigInvalid(
+        FILE, 0, "", f"not found; looked at {looked}", hint="drctl init writes one; or name it: --config"
+    )

@@ -1,0 +1,150 @@
+"""What a command works with: the configuration, the appliances' clients, the screen, the clock.
+
+The only module of the command line that constructs clients. Everything is made when first asked for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from drctl.cli.config import Config, config_candidates, load_config, nothing_found
+from drctl.cli.render import Screen
+from drctl.errors import Refused
+from drctl.model.site import Host, HostKind, Site
+
+HOME = Path("/var/lib/drctl")
+SCHEMA_VERSION = 1
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class ClientLike(Protocol):
+    """An appliance as the command line sees it. Raises DrctlError, ApplianceUnreachable among them."""
+
+    def call(
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        *,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Any: ...
+
+
+class WallClock:
+    """This machine's clocks."""
+
+    def time(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator said about where to look: options first, then the environment."""
+
+    config: Path | None = None
+    home: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    def locate(self) -> Path:
+        """The configuration file, or a local appliance's home directory. Raises ConfigInvalid."""
+        if self.config and self.home:
+            raise Refused("--config and --home exclude each other", hint="--home looks at the local appliance alone")
+        if named := self.config or self.home:
+            return named
+        for variable in ("DRCTL_CONFIG", "DRCTL_HOME"):
+            if value := self.environment.get(variable):
+                return Path(value)
+        candidates = config_candidates(self.environment)
+        for candidate in candidates:
+            if candidate.exists():
+                return candidate
+        if (HOME / "appliance.toml").exists():
+            return HOME
+        raise nothing_found(candidates, HOME)
+
+    @property
+    def home_directory(self) -> Path:
+        """The local appliance's home, whether it exists or not."""
+        return self.home or Path(self.environment.get("DRCTL_HOME") or HOME)
+
+
+class Context:
+    """One run of the command line. Tests make it with a Config and clients of their own."""
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        config: Config | None = None,
+        clients: Mapping[str, ClientLike] | None = None,
+        screen: Screen | None = None,
+        clock: WallClock | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.screen = screen or Screen()
+        self.clock = clock or WallClock()
+        self._given = config
+        self._clients: dict[str, ClientLike] = dict(clients or {})
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration, or the local appliance alone. Raises ConfigInvalid."""
+        if self._given is not None:
+            return self._given
+        place = self.settings.locate()
+        if (place / "appliance.toml").exists() and not (place / "drctl.toml").exists():
+            return local_config(place)
+        return load_config(place)
+
+    def client(self, host: Host) -> ClientLike:
+        """The client of the host's appliance; nothing is connected yet."""
+        if host.name not in self._clients:
+            from drctl.appliance.client import Client
+
+            self._clients[host.name] = Client(host.control)
+        return self._clients[host.name]
+
+    def call(self, host: Host, method: str, *, timeout: float | None = None, **params: Any) -> Any:
+        """One method of the host's appliance. Raises DrctlError."""
+        return self.client(host).call(method, params, timeout=timeout)
+
+    def header(self) -> None:
+        """Say on stderr which configuration and sites this command read."""
+        self.screen.say(f"{self.config.origin}; {_sites(self.config)}")
+
+    def document(self, kind: str, **fields: Any) -> None:
+        """Print a JSON document with the schema's version on stdout."""
+        names = [site.name for site in self.config.sites]
+        self.screen.json(
+            {"schema_version": SCHEMA_VERSION, "kind": kind, "read": {"from": self.config.origin, "sites": names}}
+            | fields
+        )
+
+
+def local_config(home: Path) -> Config:
+    """The world of a recovery host without any configuration: its own appliance. Raises ConfigInvalid."""
+    from drctl.appliance.config import load
+
+    appliance = load(home)
+    own = appliance.config
+    host = Host(own.host, own.site, HostKind.LIBVIRT, own.uri, f"unix:{appliance.control}", own.link)
+    return Config(f"site {own.site}, local appliance at {home}; no config", None, (Site(own.site, (host,)),))
+
+
+def _sites(config: Config) -> str:
+    if config.directory is None:
+        return "this site alone"
+    names = ", ".join(site.name for site in config.sites)
+    return f"sites {names}" if len(config.sites) > 1 else f"site {names}"

@@ -1,0 +1,179 @@
+"""What stands in the way of a recovery: findings made of what appliances tell. Pure.
+
+`error`: a recovery would fail or lose more than it should; `warning`: it will come to that; `info`: good to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from drctl.model.duration import format_duration
+from drctl.model.extent import format_bytes
+
+#: Order of checkpoints is told by sequence, ages by one clock; beyond this, times in two sites' logs don't match up.
+SKEW_WARNING = 1.0
+#: Certificates and the link's offset measurement stand this much at most.
+SKEW_ERROR = 30.0
+FREE_WARNING = 0.10
+FREE_ERROR = 0.02
+#: A checkpoint is late when this many intervals have passed since the newest.
+LATE = 3.0
+
+
+class Severity(StrEnum):
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found. `subject` is a file, host, group or machine; `hint` says what to do."""
+
+    severity: Severity
+    subject: str
+    message: str
+    hint: str = ""
+
+
+def error(subject: str, message: str, hint: str = "") -> Finding:
+    return Finding(Severity.ERROR, subject, message, hint)
+
+
+def warning(subject: str, message: str, hint: str = "") -> Finding:
+    return Finding(Severity.WARNING, subject, message, hint)
+
+
+def info(subject: str, message: str, hint: str = "") -> Finding:
+    return Finding(Severity.INFO, subject, message, hint)
+
+
+def examine_host(host: str, facts: Mapping[str, Any], version: str, now: float, patience: float) -> list[Finding]:
+    """Findings about one appliance from its `appliance.info`.
+
+    `now` is our wall clock in the middle of the call, `patience` the half of its round trip: what the clocks may differ
+    by without anybody being wrong."""
+    found = [
+        Finding(Severity(row["severity"]), f"{host}: {row['subject']}", row["message"], row.get("hint") or "")
+        for row in facts.get("findings") or []
+    ]
+    if facts.get("version") not in (None, version):
+        found.append(
+            warning(
+                host,
+                f"the appliance is of version {facts['version']}, this program of {version}",
+                "upgrade the older one",
+            )
+        )
+    if wall_ns := facts.get("wall_ns"):
+        found += _clock(host, abs(wall_ns / 1e9 - now) - patience)
+    for name, place in (facts.get("space") or {}).items():
+        found += _space(host, name, place)
+    return found
+
+
+def _clock(host: str, skew: float) -> list[Finding]:
+    hint = "mend time synchronisation there or here (chronyc tracking, timedatectl)"
+    if skew > SKEW_ERROR:
+        return [error(host, f"its clock differs from this machine's by {format_duration(skew)}", hint)]
+    if skew > SKEW_WARNING:
+        return [warning(host, f"its clock differs from this machine's by {format_duration(skew)}", hint)]
+    return []
+
+
+def _space(host: str, name: str, place: Mapping[str, Any]) -> list[Finding]:
+    total, free = place.get("total"), place.get("free")
+    if not total or free is None:
+        return []
+    message = f"{format_bytes(free)} of {format_bytes(total)} are free in {place.get('path') or name}"
+    if free / total < FREE_ERROR:
+        return [error(host, message, "free space there; at the limit replication stops")]
+    return [warning(host, message, "free space there")] if free / total < FREE_WARNING else []
+
+
+def examine_group(picture: Mapping[str, Any]) -> list[Finding]:
+    """Findings about one group from its picture (protection.merge)."""
+    group, phase = str(picture["group"]), picture["phase"]
+    see = f"see: drctl status {group}"
+    if picture["recovery_mode"] == "failed-over":
+        return [info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
+    if phase == "broken":
+        return [error(group, f"is broken: {picture['reason']}", f"mend it, then: drctl replicate resume {group}")]
+    if phase in ("unprotected", "paused"):
+        verb = "start" if phase == "unprotected" else "resume"
+        return [warning(group, f"is {phase}", f"drctl replicate {verb} {group}")]
+    found = [*_recovery_point(picture, see), *_keeping(picture, see)]
+    if picture["link"] and picture["link"].get("state") not in ("connected", None):
+        found.append(error(group, f"the link is {picture['link']['state']}", see))
+    return found
+
+
+def _recovery_point(picture: Mapping[str, Any], see: str) -> list[Finding]:
+    group, rpo, interval = str(picture["group"]), picture["rpo_seconds"], picture["interval_seconds"]
+    if picture["phase"] == "syncing":
+        return [warning(group, "nothing can be recovered until the first sync is done", see)]
+    if rpo is None:
+        return [error(group, "its recovery point is unknown", "the recovery site doesn't answer, or has no checkpoint")]
+    if interval and rpo > LATE * interval:
+        return [warning(group, f"RPO is {format_duration(rpo)}, the interval is {format_duration(interval)}", see)]
+    return []
+
+
+def _keeping(picture: Mapping[str, Any], see: str) -> list[Finding]:
+    group, found = str(picture["group"]), []
+    journal, history = picture["journal"] or {}, picture["history"] or {}
+    if journal.get("limit") and (journal.get("bytes") or 0) > 0.9 * journal["limit"]:
+        used = f"{format_bytes(journal['bytes'])} of {format_bytes(journal['limit'])}"
+        found.append(warning(group, f"its journal holds {used}", "raise retention.journal_limit, or shorten history"))
+    forecast, target = history.get("forecast"), history.get("target_seconds")
+    if isinstance(forecast, (int, float)) and target and forecast < target:
+        message = f"history will be {format_duration(forecast)}, wanted are {format_duration(target)}"
+        found.append(warning(group, message, "raise retention.journal_limit"))
+    return found
+
+
+def examine_coverage(machines: Iterable[Mapping[str, Any]], pictures: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """Findings about machines and disks that no group carries, though one might think so."""
+    found: list[Finding] = []
+    carried = {
+        (picture["group"], machine["name"]): {disk["target"] for disk in machine.get("disks", [])}
+        for picture in pictures
+        for machine in picture["machines"]
+    }
+    free: list[str] = []
+    for machine in machines:
+        if not machine["group"]:
+            free += [machine["machine"]] if machine["state"] == "running" else []
+            continue
+        disks = carried.get((machine["group"], machine["machine"]))
+        found += _disks(machine, disks) if disks is not None else []
+    if free:
+        names = ", ".join(free[:8]) + (", …" if len(free) > 8 else "")
+        found.append(
+            info("coverage", f"{len(free)} running machines are in no group: {names}", "drctl vm list --unprotected")
+        )
+    return found
+
+
+def _disks(machine: Mapping[str, Any], carried: set[str]) -> list[Finding]:
+    found = []
+    for disk in machine["disks"]:
+        name = f"{machine['machine']}.{disk['target']}"
+        if disk.get("refusal"):
+            found.append(
+                error(name, f"can't be replicated: {disk['refusal']}", "change the disk, or take the machine out")
+            )
+        elif disk["target"] not in carried:
+            again = f"drctl replicate pause {machine['group']}, then resume"
+            found.append(
+                error(name, f"was added after group {machine['group']} was started; it is not replicated", again)
+            )
+    return found
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """42 with errors, 3 with warnings, else 0."""
+    severities = {finding.severity for finding in findings}
+    return 42 if Severity.ERROR in severities else 3 if Severity.WARNING in severities else 0

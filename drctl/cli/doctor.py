@@ -1,0 +1,128 @@
+"""`drctl doctor`: looks for what would stand in the way of a recovery, before the disaster does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import typer
+
+from drctl import __version__
+from drctl.cli.apply import differences
+from drctl.cli.context import Context
+from drctl.cli.diagnosis import (
+    Finding,
+    Severity,
+    error,
+    examine_coverage,
+    examine_group,
+    examine_host,
+    exit_code,
+    info,
+    warning,
+)
+from drctl.cli.group_file import read_groups
+from drctl.cli.inventory import ask, take_inventory
+from drctl.cli.options import Format, Output, begin, examples, noun
+from drctl.cli.status import picture
+from drctl.cli.vm import find
+from drctl.errors import ConfigInvalid, DrctlError
+from drctl.model.site import Host
+
+app = noun("Look for what would stand in the way of a recovery.")
+
+#: The oldest versions that drctl is tested with (Debian 12).
+NEEDED = {"qemu-system-x86_64": (7, 2), "virsh": (9, 0)}
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+_ORDER = list(Severity)
+
+
+@app.command(
+    epilog=examples("drctl doctor", "drctl doctor --output json | jq '.findings[] | select(.severity==\"error\")'")
+)
+def doctor(ctx: typer.Context, output: Output = Format.TEXT) -> int:
+    """Check the configuration, the appliances, clocks, space, links, recovery points and coverage.
+
+    Exits with 3 when there are warnings, with 42 when there are errors."""
+    context = begin(ctx, output)
+    findings = sorted(examine(context), key=lambda finding: _ORDER.index(finding.severity))
+    if context.screen.as_json:
+        context.document("doctor", findings=[asdict(finding) for finding in findings])
+    else:
+        rows = [(one.severity.value, one.subject, one.message, one.hint or "-") for one in findings]
+        context.screen.table(("severity", "about", "finding", "what to do"), rows, "nothing found: all is well")
+    return exit_code(findings)
+
+
+def examine(context: Context) -> list[Finding]:
+    """Everything that can be found from here. Raises ConfigInvalid when not even the configuration can be read."""
+    findings = _this_machine(NEEDED)
+    reachable = False
+    for host in context.config.hosts:
+        found, answered = _host(context, host)
+        findings += found
+        reachable = reachable or answered
+    return [*findings, *_files(context), *_groups(context)] if reachable else findings
+
+
+def _host(context: Context, host: Host) -> tuple[list[Finding], bool]:
+    before = context.clock.time()
+    answer = ask(context, host, "appliance.info")
+    after = context.clock.time()
+    if answer.error:
+        return [error(host.name, f"its appliance does not answer: {answer.error.message}", answer.error.hint)], False
+    return examine_host(host.name, answer.result, __version__, (before + after) / 2, (after - before) / 2), True
+
+
+def _files(context: Context) -> list[Finding]:
+    if context.config.directory is None:
+        return [
+            info("configuration", "there is none; only the local appliance was looked at", "name one: --config DIR")
+        ]
+    try:
+        specs = read_groups(context.config)
+        changes = differences(context, specs, take_inventory(context))
+    except ConfigInvalid as exc:
+        return [error("groups", exc.message, exc.hint)]
+    except DrctlError as exc:
+        return [warning("groups", exc.message, exc.hint)]
+    return [
+        warning(change.group, f"its file is not applied at {change.host.site}/{change.host.name}", "drctl apply")
+        for change in changes
+    ]
+
+
+def _groups(context: Context) -> list[Finding]:
+    inventory = take_inventory(context)
+    pictures = [picture(context, inventory, group) for group in inventory.groups]
+    machines, _ = find(context)
+    findings = [finding for one in pictures for finding in examine_group(one)]
+    return findings + examine_coverage(machines, pictures)
+
+
+def _this_machine(needed: dict[str, tuple[int, int]]) -> list[Finding]:
+    findings = []
+    for program, oldest in needed.items():
+        found = shutil.which(program)
+        if found is None:
+            findings.append(
+                info(
+                    "this machine", f"has no {program}: it can't be a hypervisor host", "fine for an operator's machine"
+                )
+            )
+        elif (version := _version([found, "--version"])) and version < oldest:
+            text = f"{program} is {version[0]}.{version[1]}, older than {oldest[0]}.{oldest[1]}"
+            findings.append(error("this machine", text, "upgrade it before anything is protected here"))
+    return findings
+
+
+def _version(argv: Sequence[str]) -> tuple[int, int] | None:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = _VERSION.search(done.stdout)
+    return (int(match[1]), int(match[2])) if match else None

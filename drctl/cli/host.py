@@ -1,0 +1,75 @@
+"""`drctl host`: the hypervisor hosts, as the configuration names and their appliances describe them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from drctl.cli import render
+from drctl.cli.inventory import Answer, ask, ask_all
+from drctl.cli.options import Format, Output, begin, examples, noun
+
+app = noun("Hypervisor hosts.")
+
+
+@app.command("list", epilog=examples("drctl host list", "drctl host list --output json"))
+def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
+    """List the hosts. Exits with 3 when an appliance did not answer."""
+    context = begin(ctx, output)
+    answers = ask_all(context, "appliance.info")
+    if context.screen.as_json:
+        context.document("hosts", hosts=[as_json(answer) for answer in answers])
+    else:
+        columns = ("host", "site", "kind", "appliance", "version", "uri", "store free")
+        context.screen.table(columns, [_row(answer) for answer in answers], "the configuration names no host")
+    return 3 if any(answer.failed for answer in answers) else 0
+
+
+@app.command(epilog=examples("drctl host show alpha1"))
+def show(
+    ctx: typer.Context,
+    host: Annotated[str, typer.Argument(metavar="HOST", help="The host's name.")],
+    output: Output = Format.TEXT,
+) -> int:
+    """Show one host: its hypervisor, its appliance and the space there."""
+    context = begin(ctx, output)
+    answer = ask(context, context.config.host(host), "appliance.info")
+    facts = as_json(answer)
+    if context.screen.as_json:
+        context.document("host", **facts)
+    else:
+        context.screen.facts([(key, _plain(value)) for key, value in facts.items()])
+    return 3 if answer.failed else 0
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """The documented JSON object of a host."""
+    host, info = answer.host, answer.result or {}
+    return {
+        "host": host.name,
+        "site": host.site,
+        "host_kind": host.kind.value,
+        "uri": info.get("uri") or host.uri,
+        "control": host.control,
+        "link": host.link,
+        "appliance": "unreachable" if answer.failed else "running",
+        "problem": str(answer.error) if answer.error else "",
+        "version": info.get("version"),
+        "versions": info.get("versions") or {},
+        "capabilities": info.get("capabilities") or {},
+        "space": info.get("space") or {},
+    }
+
+
+def _row(answer: Answer) -> tuple[str, ...]:
+    facts = as_json(answer)
+    free = (facts["space"].get("store") or {}).get("free")
+    state, version = facts["appliance"], render.word(facts["version"])
+    return (facts["host"], facts["site"], facts["host_kind"], state, version, facts["uri"], render.size(free))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "-"
+    return render.word(value) or "-"

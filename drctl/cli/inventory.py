@@ -1,0 +1,116 @@
+"""Asks many appliances at once, and finds which one plays which role for a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drctl.cli.context import Context
+from drctl.errors import ApplianceUnreachable, DrctlError, NotFound
+from drctl.model.site import Host
+
+#: A status is wanted within 3 s, also when one appliance hangs.
+READ_TIMEOUT = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One appliance's answer: `result`, or `error`."""
+
+    host: Host
+    result: Any = None
+    error: DrctlError | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A group's role at one host, as the appliance there tells it. `state` is the phase or the store's mode."""
+
+    group: str
+    role: str
+    host: Host
+    generation: int
+    state: str
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All places of all groups, and the answers of appliances that could not tell."""
+
+    places: tuple[Place, ...]
+    silent: tuple[Answer, ...]
+
+    @property
+    def groups(self) -> list[str]:
+        return sorted({place.group for place in self.places})
+
+    def find(self, group: str, role: str) -> Place | None:
+        """The place of the highest generation."""
+        found = [place for place in self.places if place.group == group and place.role == role]
+        return max(found, key=lambda place: place.generation, default=None)
+
+
+def ask(context: Context, host: Host, method: str, **params: Any) -> Answer:
+    """One appliance's answer, within READ_TIMEOUT; never raises DrctlError."""
+    try:
+        return Answer(host, context.call(host, method, timeout=READ_TIMEOUT, **params))
+    except DrctlError as exc:
+        return Answer(host, error=exc)
+
+
+def ask_all(context: Context, method: str, hosts: Sequence[Host] | None = None, **params: Any) -> list[Answer]:
+    """Every appliance's answer, asked in parallel, in the order of the hosts."""
+    hosts = context.config.hosts if hosts is None else hosts
+    if len(hosts) < 2:
+        return [ask(context, host, method, **params) for host in hosts]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
+        return list(pool.map(lambda host: ask(context, host, method, **params), hosts))
+
+
+def take_inventory(context: Context) -> Inventory:
+    """What every appliance says about every group."""
+    answers = ask_all(context, "group.list")
+    places = [_place(answer.host, row) for answer in answers if not answer.failed for row in answer.result]
+    return Inventory(tuple(places), tuple(answer for answer in answers if answer.failed))
+
+
+def _place(host: Host, row: dict[str, Any]) -> Place:
+    state = row.get("phase") if row["role"] == "source" else row.get("mode")
+    return Place(row["group"], row["role"], host, int(row.get("generation") or 0), str(state), row.get("spec") or {})
+
+
+def side(context: Context, group: str, role: str) -> Host:
+    """The host that plays `role` (`source`, `recovery`) for the group.
+
+    Raises NotFound, or ApplianceUnreachable when an appliance that may know did not answer."""
+    inventory = take_inventory(context)
+    if place := inventory.find(group, role):
+        return place.host
+    if inventory.silent:
+        names = ", ".join(answer.host.name for answer in inventory.silent)
+        raise ApplianceUnreachable(
+            f"the {role} side of group {group!r} was not found; no answer from {names}",
+            hint=f"{_reason(inventory.silent)}; see: drctl doctor",
+            group=group,
+        )
+    if group in inventory.groups:
+        raise NotFound(
+            f"{role} side of group",
+            group,
+            hint=f"read {context.config.origin}; name another configuration with --config",
+        )
+    raise NotFound(
+        "group", group, known=inventory.groups, hint="" if inventory.groups else "drctl apply sends groups out"
+    )
+
+
+def _reason(silent: Sequence[Answer]) -> str:
+    return silent[0].error.message if silent[0].error else ""

@@ -1,0 +1,85 @@
+"""How a group is protected: what both sides say, merged into one picture. Pure.
+
+The recovery point is honest: its age is counted from the newest checkpoint that the *recovery* site can restore, on the
+clock of that site; when that site can't be asked it is unknown (None), never 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Status = dict[str, Any]
+
+
+def merge(group: str, source: Status | None, recovery: Status | None, now: float) -> Status:
+    """One group's picture. `source` and `recovery` are the two `group.status` results (None: no answer);
+    `now` is this machine's wall clock, used only where the recovery side does not tell its own."""
+    newest = point(recovery, "newest", now)
+    return {
+        "group": group,
+        "phase": _get(source, "phase"),
+        "reason": _get(source, "reason") or "",
+        "generation": max((int(side.get("generation") or 0) for side in (source, recovery) if side), default=0) or None,
+        "rpo_seconds": newest["age_seconds"] if newest else None,
+        "interval_seconds": _get(source, "interval"),
+        "newest": newest,
+        "oldest": point(recovery, "oldest", now),
+        "checkpoints": _get(recovery, "checkpoints", "count"),
+        "history": _history(recovery),
+        "journal": _part(recovery, "journal", ("bytes", "limit")),
+        "link": _part(source, "link", ("state", "offset_ms")),
+        "backlog_bytes": _get(source, "backlog_bytes"),
+        "sync": _get(source, "sync"),
+        "ring": _part(source, "ring", ("size", "used")),
+        "machines": _get(source, "machines") or [],
+        "recovery_mode": _get(recovery, "mode"),
+        "recoveries": _get(recovery, "recoveries") or [],
+    }
+
+
+def point(recovery: Status | None, which: str, now: float) -> Status | None:
+    """The `newest` or `oldest` restorable checkpoint with its age in seconds, or None when unknown."""
+    checkpoint = _get(recovery, "checkpoints", which)
+    if not checkpoint or checkpoint.get("time") is None:
+        return None
+    wall_ns = _get(recovery, "wall_ns")
+    age = (wall_ns / 1e9 if wall_ns else now) - checkpoint["time"]
+    return {"number": checkpoint.get("number"), "time": checkpoint["time"], "age_seconds": max(0.0, age)}
+
+
+def describe(picture: Status) -> str:
+    """The group's state in one word and, where there is one, its reason: `live`, `failed-over at beta`, …"""
+    if picture["recovery_mode"] == "failed-over":
+        return "failed-over"
+    return str(picture["phase"] or "unknown")
+
+
+def sync_share(sync: Status | None) -> float | None:
+    """How much of a sync is done, 0..1, or None when nothing runs or the total is unknown."""
+    if not sync or not sync.get("total_bytes"):
+        return None
+    return min(1.0, float(sync.get("done_bytes") or 0) / float(sync["total_bytes"]))
+
+
+def _history(recovery: Status | None) -> Status | None:
+    history = _part(recovery, "history", ("seconds", "target", "forecast"))
+    if history is None:
+        return None
+    return {
+        "seconds": history["seconds"],
+        "target_seconds": history["target"],
+        "forecast": history["forecast"],
+    }
+
+
+def _part(side: Status | None, key: str, names: tuple[str, ...]) -> Status | None:
+    part = _get(side, key)
+    return {name: part.get(name) for name in names} if isinstance(part, dict) else None
+
+
+def _get(side: Status | None, *keys: str) -> Any:
+    value: Any = side
+    for key in keys:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value

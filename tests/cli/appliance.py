@@ -1,0 +1,258 @@
+"""An appliance in memory: it answers the control methods as docs/internals.md writes them down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from drctl.errors import ApplianceUnreachable, NotFound, WrongPhase
+
+NOW = 1_800_000_000.0
+
+
+class FakeClock:
+    """Stands still until somebody sleeps."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.now = now
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def checkpoint(number: int, age: float, **changes: Any) -> dict[str, Any]:
+    row = {
+        "number": number,
+        "time": NOW - age,
+        "kind": "crash-consistent",
+        "epoch": "a" * 32,
+        "generation": 1,
+        "sequence": number * 100,
+        "tags": [],
+        "pinned": False,
+    }
+    return row | changes
+
+
+def recovery(kind: str, group: str, **changes: Any) -> dict[str, Any]:
+    machines = [{"name": "db", "state": "running", "reason": ""}, {"name": "front", "state": "running", "reason": ""}]
+    row = {
+        "id": f"{kind[:1]}1",
+        "kind": kind,
+        "group": group,
+        "generation": 2,
+        "checkpoint": {"number": 12, "time": NOW - 4},
+        "state": "running",
+        "started": NOW,
+        "machines": machines,
+        "rto_seconds": 6.5,
+    }
+    return row | changes
+
+
+def machine(name: str, *targets: str, **changes: Any) -> dict[str, Any]:
+    disks = [
+        {"target": target, "source": f"/images/{name}.{target}", "format": "raw", "size": 2**30, "refusal": ""}
+        for target in targets or ("vda",)
+    ]
+    return {"name": name, "uuid": f"uuid-{name}", "state": "running", "disks": disks, "memory": 2**28} | changes
+
+
+class FakeAppliance:
+    """One host's appliance. `calls` has every method with its parameters; `replies` overrides results (or raises)."""
+
+    def __init__(self, host: str, site: str) -> None:
+        self.host = host
+        self.site = site
+        self.down = False
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.replies: dict[str, Any] = {}
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.phases: dict[str, str] = {}
+        self.machines: list[dict[str, Any]] = []
+        self.checkpoints: list[dict[str, Any]] = []
+        self.tests: list[dict[str, Any]] = []
+
+    def call(
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        *,
+        on_progress: Any = None,
+        timeout: float | None = None,
+    ) -> Any:
+        if self.down:
+            raise ApplianceUnreachable(f"no appliance answers at {self.host}")
+        params = params or {}
+        self.calls.append((method, params))
+        if method in self.replies:
+            reply = self.replies[method]
+            if isinstance(reply, Exception):
+                raise reply
+            return reply(params, on_progress) if callable(reply) else reply
+        return getattr(self, "_" + method.replace(".", "_"))(params)
+
+    def called(self, method: str) -> list[dict[str, Any]]:
+        return [params for name, params in self.calls if name == method]
+
+    def _appliance_info(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "site": self.site,
+            "host": self.host,
+            "appliance": f"uuid-of-{self.host}",
+            "version": "0.1.0",
+            "wall_ns": int(NOW * 1e9),
+            "uri": "qemu:///system",
+            "versions": {"qemu": "7.2.22", "libvirt": "9.0.0"},
+            "capabilities": {},
+            "space": {"store": {"path": "/store", "total": 100 * 2**30, "free": 60 * 2**30}},
+            "findings": [],
+        }
+
+    def _appliance_history(self, params: dict[str, Any]) -> list[dict[str, Any]]:
+        entry = {
+            "time": NOW - 60,
+            "user": "root",
+            "method": "replicate.start",
+            "group": "web",
+            "outcome": "done",
+            "detail": "",
+        }
+        return [entry] if params["group"] in ("", "web") else []
+
+    def _machine_list(self, _: dict[str, Any]) -> list[dict[str, Any]]:
+        return self.machines
+
+    def _role(self, group: str) -> str:
+        return "source" if self.groups[group]["source"] == self.site else "recovery"
+
+    def _group_list(self, _: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = []
+        for name, spec in self.groups.items():
+            role = self._role(name)
+            key = "phase" if role == "source" else "mode"
+            state = self.phases.get(name, "unprotected" if role == "source" else "journal")
+            rows.append({"group": name, "role": role, key: state, "generation": 1, "spec": spec})
+        return rows
+
+    def _group_put(self, params: dict[str, Any]) -> dict[str, Any]:
+        spec = params["spec"]
+        self.groups[spec["name"]] = spec
+        return {"group": spec["name"], "role": self._role(spec["name"]), "changed": True}
+
+    def _group_remove(self, params: dict[str, Any]) -> dict[str, Any]:
+        if params["group"] not in self.groups:
+            raise NotFound("group", params["group"])
+        if self.phases.get(params["group"]) == "live":
+            raise WrongPhase(f"{params['group']} is live", group=params["group"])
+        del self.groups[params["group"]]
+        return {"group": params["group"], "removed": True}
+
+    def _group_status(self, params: dict[str, Any]) -> dict[str, Any]:
+        group = params["group"]
+        return self._source_status(group) if self._role(group) == "source" else self._recovery_status(group)
+
+    def _source_status(self, group: str) -> dict[str, Any]:
+        spec = self.groups[group]
+        disks = [{"target": "vda", "size": 2**30, "state": "ordered"}]
+        return {
+            "group": group,
+            "role": "source",
+            "phase": self.phases.get(group, "unprotected"),
+            "reason": "",
+            "generation": 1,
+            "epoch": "a" * 32,
+            "rpo_seconds": 4.0,
+            "interval": spec["checkpoint_interval"],
+            "last_checkpoint": {"number": 12, "time": NOW - 4},
+            "link": {"state": "connected", "offset_ms": 0.2},
+            "backlog_bytes": 4096,
+            "sync": None,
+            "machines": [{"name": name, "state": "running", "disks": disks} for name in spec["machines"]],
+            "ring": {"size": 2**28, "used": 4096},
+        }
+
+    def _recovery_status(self, group: str) -> dict[str, Any]:
+        points = [{"number": row["number"], "time": row["time"]} for row in self.checkpoints]
+        return {
+            "group": group,
+            "role": "recovery",
+            "mode": "journal",
+            "generation": 1,
+            "wall_ns": int(NOW * 1e9),
+            "checkpoints": {
+                "count": len(points),
+                "oldest": points[0] if points else None,
+                "newest": points[-1] if points else None,
+            },
+            "journal": {"bytes": 2**30, "limit": 64 * 2**30},
+            "history": {"seconds": 3600.0, "target": 604800.0, "forecast": None},
+            "recoveries": [],
+        }
+
+    def _replicate_start(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.phases[params["group"]] = "live"
+        return {"group": params["group"], "phase": "syncing"}
+
+    def _replicate_pause(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.phases[params["group"]] = "paused"
+        return {"group": params["group"], "phase": "paused"}
+
+    def _replicate_resume(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.phases[params["group"]] = "live"
+        return {"group": params["group"], "phase": "catching-up"}
+
+    def _replicate_stop(self, params: dict[str, Any]) -> dict[str, Any]:
+        if self._role(params["group"]) == "recovery":
+            return {"group": params["group"], "kept_until": NOW + params["keep_replica_seconds"]}
+        self.phases[params["group"]] = "unprotected"
+        return {"group": params["group"], "phase": "unprotected"}
+
+    def _checkpoint_list(self, _: dict[str, Any]) -> list[dict[str, Any]]:
+        return self.checkpoints
+
+    def _checkpoint_create(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"number": 13, "time": NOW, "kind": params["kind"], "tags": params["tags"]}
+
+    def _checkpoint_tag(self, params: dict[str, Any]) -> dict[str, Any]:
+        number = int(params["checkpoint"].removeprefix("#"))
+        row = next(row for row in self.checkpoints if row["number"] == number)
+        row["tags"] = [tag for tag in [*row["tags"], *params["tags"]] if tag not in params["remove"]]
+        return row
+
+    def _checkpoint_verify(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"number": 12, "time": NOW - 4, "bytes": 2**20, "frames": 16, "damaged": []}
+
+    def _test_start(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.tests.append(recovery("test", params["group"]))
+        return self.tests[-1]
+
+    def _test_list(self, params: dict[str, Any]) -> list[dict[str, Any]]:
+        return [test for test in self.tests if params["group"] in ("", test["group"])]
+
+    def _test_stop(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.tests = [test for test in self.tests if test["id"] != params["id"]]
+        return {"id": params["id"], "removed": True}
+
+    def _failover_plan(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "group": params["group"],
+            "checkpoint": self.checkpoints[-1],
+            "loss_seconds": 4.0,
+            "generation": 2,
+            "source": {"site": "alpha", "host": "a1", "reachable": None, "fenced": False},
+            "machines": [{"name": name, "disks": [{"target": "vda", "size": 2**30}]} for name in ("db", "front")],
+            "networks": [["lan", "lan-b"]],
+            "findings": [],
+        }
+
+    def _failover_run(self, params: dict[str, Any]) -> dict[str, Any]:
+        return recovery("failover", params["group"])
+
+    def _commit(self, params: dict[str, Any]) -> dict[str, Any]:
+        return recovery("failover", params["group"], state="committed")
