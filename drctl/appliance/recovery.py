@@ -255,6 +255,7 @@ class Recovery:
             boot=self._boot,
             times={"ordered": self._tools.clock.time()},
         )
+        record.choose(chosen)
         record.machines = [plan_machine(self._tools, record, known[name]) for name in wanted]
         return record
 

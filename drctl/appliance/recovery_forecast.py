@@ -40,7 +40,8 @@ def scratch_limit(tools: Tools, wanted: int) -> int:
 def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: Recoverable) -> dict[str, Any]:
     """The result of `failover.plan`, see docs/internals.md. Findings of severity `error` mean a machine would fail."""
     age = max(0.0, tools.clock.time() - chosen.time)
-    findings = [*_space(tools, record), *_machines(tools, record, source)]
+    held = tools.stores.allocated(record.group, chosen.number)
+    findings = [*_space(tools, record, sum(held.values())), *_machines(tools, record, source)]
     if age > 2 * source.spec.checkpoint_interval:
         findings.append(
             _finding(
@@ -51,7 +52,6 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
                 "writes since then are lost, unless the source comes back",
             )
         )
-    held = tools.stores.allocated(record.group, chosen.number)
     return {
         "group": record.group,
         "checkpoint": asdict(chosen),
@@ -79,8 +79,7 @@ def _finding(severity: str, subject: str, message: str, hint: str = "") -> dict[
     return {"severity": severity, "subject": subject, "message": message, "hint": hint}
 
 
-def _space(tools: Tools, record: RecoveryRecord) -> list[dict[str, str]]:
-    held = sum(tools.stores.allocated(record.group, record.checkpoint).values())
+def _space(tools: Tools, record: RecoveryRecord, held: int) -> list[dict[str, str]]:
     free = tools.images.free(tools.room.images)
     if held <= free:
         return []
@@ -102,8 +101,10 @@ def _machines(tools: Tools, record: RecoveryRecord, source: Recoverable) -> list
             message = f"the host has a machine with its UUID already: {identities[machine.uuid]}"
             findings.append(_finding("error", machine.name, message, "remove it, or this one will fail"))
         try:
-            notes = tools.definitions.rewrite(record, machine, source).notes
-            findings += [_finding("info", machine.name, note) for note in notes]
+            rewritten = tools.definitions.rewrite(record, machine, source)
+            findings += [_finding("info", machine.name, note) for note in rewritten.notes]
+            lacking = tools.definitions.unmet(rewritten.definition, tools.hypervisor.capabilities())
+            findings += [_finding("error", machine.name, each) for each in lacking]
         except DrctlError as exc:
             findings.append(_finding("error", machine.name, exc.message, exc.hint))
     return findings

@@ -248,7 +248,7 @@ class MemoryStores:
         with self._world.effects.effect(f"reign {group} {generation}"):
             self.reign_of[group] = max(self.reign_of[group], generation)
 
-    def pin(self, group: str, pin: str, checkpoint: int) -> None:
+    def pin(self, group: str, pin: str, checkpoint: int, epoch: str) -> None:
         with self._world.effects.effect(f"pin {checkpoint}"):
             self.pins[pin] = checkpoint
 
@@ -336,6 +336,9 @@ class MemoryDefinitions:
 
     def settled(self, definition: str) -> str:
         return definition.replace("<view>", "")
+
+    def unmet(self, definition: str, capabilities: str) -> tuple[str, ...]:
+        return ()
 
 
 class MemoryWorld:

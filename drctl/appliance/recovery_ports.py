@@ -58,7 +58,7 @@ class Stores(Protocol):
         """From now on nothing of a lower generation is accepted. Durable; nothing happens when it is so already."""
         ...
 
-    def pin(self, group: str, pin: str, checkpoint: int) -> None: ...
+    def pin(self, group: str, pin: str, checkpoint: int, epoch: str) -> None: ...
 
     def unpin(self, group: str, pin: str) -> None: ...
 
@@ -120,6 +120,10 @@ class Definitions(Protocol):
 
     def settled(self, definition: str) -> str:
         """The same definition when its overlays stand alone."""
+        ...
+
+    def unmet(self, definition: str, capabilities: str) -> tuple[str, ...]:
+        """What the machine needs and a host of these capabilities lacks."""
         ...
 
 

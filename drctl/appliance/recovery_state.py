@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from drctl.errors import IntegrityError, NotFound, UnsupportedFormat
+from drctl.model.checkpoint import Checkpoint
 from drctl.store import atomic
 
 FORMAT = 1
@@ -106,6 +107,7 @@ class RecoveryRecord:
     checkpoint: int
     checkpoint_time: float
     machines: list[RecoveredMachine]
+    epoch: str = ""
     generation: int = 0
     phase: RecoveryPhase = RecoveryPhase.STARTING
     reason: str = ""
@@ -115,6 +117,9 @@ class RecoveryRecord:
     view_restarts: int = 0
     times: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
+
+    def choose(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.epoch, self.checkpoint_time = checkpoint.number, checkpoint.epoch, checkpoint.time
 
     @property
     def test(self) -> bool:
@@ -152,7 +157,7 @@ class RecoveryRecord:
     def as_dict(self) -> dict[str, Any]:
         """The recovery as the JSON object that docs/internals.md describes."""
         data: dict[str, Any] = msgspec.to_builtins(self)
-        data["checkpoint"] = {"number": self.checkpoint, "time": self.checkpoint_time}
+        data["checkpoint"] = {"number": self.checkpoint, "time": self.checkpoint_time, "epoch": self.epoch}
         data["state"] = self.state()
         data["started"] = self.times.get("ordered")
         data["rto_seconds"] = self.rto()

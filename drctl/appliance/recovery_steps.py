@@ -49,11 +49,10 @@ class Steps:
     def start(self, *, parallel: int = PARALLEL) -> None:
         """From a written record to running machines. Raises the error of a step that concerns them all."""
         source = self._choose()
-        self._step(
-            "pin", lambda: self._tools.stores.pin(self.recovery.group, self.recovery.id, self.recovery.checkpoint)
-        )
-        self._step("view", lambda: self._tools.views.ensure(self.recovery))
-        waiting = [m for m in self.recovery.machines if m.phase is not MachinePhase.RUNNING]
+        recovery, tools = self.recovery, self._tools
+        self._step("pin", lambda: tools.stores.pin(recovery.group, recovery.id, recovery.checkpoint, recovery.epoch))
+        self._step("view", lambda: tools.views.ensure(recovery))
+        waiting = [m for m in recovery.machines if m.phase is not MachinePhase.RUNNING]
         self._each(waiting, lambda machine: self._bring_up(machine, source), parallel)
         self.recovery.phase = RecoveryPhase.RUNNING
         self.recovery.times["machines"] = self._tools.clock.time()
@@ -66,7 +65,7 @@ class Steps:
             self._step("reign", lambda: stores.reign(recovery.group, recovery.generation))
         if "chosen" not in recovery.times:
             found = resolve(recovery.selector, stores.checkpoints(recovery.group), self.recovery.times["ordered"])
-            recovery.checkpoint, recovery.checkpoint_time = found.number, found.time
+            recovery.choose(found)
         source = stores.recoverable(recovery.group, recovery.checkpoint)
         if "chosen" not in recovery.times:
             self._plan_machines(source)

@@ -94,6 +94,7 @@ class ViewProcesses:
                     "store": str(self._stores / recovery.group),
                     "group": recovery.group,
                     "checkpoint": recovery.checkpoint,
+                    "epoch": recovery.epoch,
                     "view": recovery.id,
                     "socket": self.socket(recovery),
                     "exports": [disk.export for _, disk in recovery.disks()],

@@ -1,7 +1,7 @@
 """The view server: the disks of a group at one checkpoint as read-only NBD exports on a unix socket.
 
-`python -m drctl.replication.view_server CONFIG.json` where the file holds {store, group, checkpoint, view, socket,
-exports}: `store` is the group's store directory, `exports` names the disks (MACHINE.TARGET), all when empty.
+`python -m drctl.replication.view_server CONFIG.json` where the file holds {store, group, checkpoint, epoch, view,
+socket, exports}: `store` is the group's store directory, `exports` names the disks (MACHINE.TARGET), all when empty.
 
 One thread per connection answers its requests in order, several at a time in one send; reading, checking and unpacking
 release the interpreter's lock. A damaged frame is an error of the requests that need it, never a wrong byte."""
@@ -14,9 +14,11 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from typing import Any
 from drctl.errors import DrctlError, ProtocolViolation
 from drctl.model.extent import Extent, KiB, MiB
 from drctl.model.ports import BlockSource
+from drctl.store.group_store import GroupStore
+from drctl.store.view import View
 from drctl.wire import nbd
 from drctl.wire.nbd_server import Buffer, NbdServer, Request
 
@@ -51,6 +55,7 @@ class Config:
     store: Path
     group: str
     checkpoint: int
+    epoch: str
     view: str
     socket: Path
     exports: tuple[str, ...]
@@ -62,6 +67,7 @@ class Config:
             Path(data["store"]),
             str(data["group"]),
             int(data["checkpoint"]),
+            str(data.get("epoch", "")),
             str(data["view"]),
             Path(data["socket"]),
             tuple(data.get("exports", ())),
@@ -261,11 +267,36 @@ class ViewServer:
         self._listener.close()
 
 
-def run(config: Config, disks: Mapping[str, BlockSource], ready: Callable[[], None] = lambda: None) -> None:
+def run(config: Config, disks: Mapping[str, BlockSource]) -> None:
     """Serve until SIGTERM or SIGINT."""
     server = ViewServer(config.socket, disks)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     signal.signal(signal.SIGINT, lambda *_: server.stop())
     log.info("view %s of %s at checkpoint #%d: %d disks", config.view, config.group, config.checkpoint, len(disks))
-    ready()
     server.serve()
+
+
+def main(arguments: list[str]) -> int:
+    """The process: open the view, serve until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = Config.read(Path(arguments[0]))
+        with closing(GroupStore.open(config.store)) as store, closing(_open_view(store, config)) as view:
+            lock = threading.Lock()
+            names = config.exports or tuple(disk.name for disk in view.disks)
+            run(config, {name: SharedDisk(view.disk(name), lock) for name in names})
+    except DrctlError as exc:
+        log.error("%s", exc.message)  # noqa: TRY400 - the edge; a traceback would say no more
+        return exc.exit_code
+    return 0
+
+
+def _open_view(store: GroupStore, config: Config) -> View:
+    begin = time.monotonic()
+    view = store.open_view(config.checkpoint, config.epoch)
+    log.info("opened in %.3f s: %d layers", time.monotonic() - begin, view.layers)
+    return view
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""Recovery on a real host: the steps with qemu-img, view servers, stores and a hypervisor in their hands."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+
+from drctl.appliance.recovery import Recovery
+from drctl.appliance.recovery_definitions import LibvirtDefinitions
+from drctl.appliance.recovery_images import QemuImages
+from drctl.appliance.recovery_ports import Room, Tools
+from drctl.appliance.recovery_state import RecoveryFiles
+from drctl.appliance.recovery_store import GroupStores
+from drctl.appliance.recovery_views import Spawner, ViewProcesses
+from drctl.model.extent import GiB
+from drctl.model.ports import Hypervisor
+
+#: Left free by tests, so that the journal beside them can grow while one is ended.
+SCRATCH_RESERVE = 1 * GiB
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class SystemClock:
+    """The host's clocks."""
+
+    def time(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+def open_recovery(home: Path, run: Path, hypervisor: Hypervisor, spawner: Spawner) -> Recovery:
+    """The recoveries of the appliance with these directories. Call `resume` on it, then `supervise` each 250 ms."""
+    stores = home / "store"
+    views = ViewProcesses(run, stores, spawner)
+    tools = Tools(
+        hypervisor=hypervisor,
+        stores=GroupStores(stores),
+        images=QemuImages(),
+        views=views,
+        definitions=LibvirtDefinitions(views),
+        clock=SystemClock(),
+        room=Room(home / "scratch", home / "images", SCRATCH_RESERVE),
+        sleep=time.sleep,
+        new_uuid=lambda: str(uuid.uuid4()),
+    )
+    return Recovery(tools, RecoveryFiles(home / "recoveries"), _BOOT_ID.read_text().strip())
