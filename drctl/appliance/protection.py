@@ -161,7 +161,8 @@ class Protection:
         self._look_at_machines()
         if not self.worker.adopt_ring(self._state):
             self._begin_epoch()
-        self._definition.refresh(self._state)
+        if self._definition.refresh(self._state):
+            self.shipper.new_definition()
         if self.worker.ensure_tap():
             self._say("the tap was started")
         self._note_power()
@@ -261,7 +262,8 @@ class Protection:
         if wants in ("initial", "full"):
             return wants, every
         if wants in ("nothing", "dirty") and (pending := [d.number for d in self._state.disks if d.pass_needed]):
-            return "full", pending
+            log.info("%s: disks %s have missed writes", self._state.spec.name, pending)
+            return "full", every
         if wants == "dirty" and not self.worker.dropping():
             return "dirty", every
         return "", []

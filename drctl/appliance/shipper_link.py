@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from drctl.appliance.client import Client
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.worker import Worker
-from drctl.errors import ApplianceUnreachable, DrctlError
+from drctl.errors import DrctlError
 
 #: A report that is older says nothing about now (the shipper reports each second and on every change).
 REPORT_SECONDS = 5.0
-#: Refusals of the receiver that mean that the other site reigns now.
-SUPERSEDED = ("superseded", "refused-superseded")
+#: Words in a refusal of the receiver that mean that the other site reigns now.
+SUPERSEDED = ("superseded", "failed over")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,12 @@ class ShipperLink:
         error = (status.get("link") or {}).get("error") or {}
         connected = (status.get("link") or {}).get("state") == "connected"
         reason = "" if connected else str(error.get("message") or "the other site is not reached")
-        active = str(sync.get("state")) not in ("done", "None") or sync.get("job") == "running"
         return Report(
             wants=str(status.get("needs", "unknown")) if connected else "unknown",
             reason=reason,
-            sync_active=active,
-            sync_done=sync.get("state") == "done",
-            superseded=str(error.get("refusal")) in SUPERSEDED,
+            sync_active=sync.get("job") == "running",
+            sync_done=sync.get("job") == "done",
+            superseded=error.get("refusal") == "refused" and any(word in reason for word in SUPERSEDED),
         )
 
     def call(self, method: str, params: dict[str, Any] | None = None, timeout_seconds: float = 10.0) -> Any:
@@ -118,12 +118,15 @@ class ShipperLink:
         self.take(self.call("status"))
 
     def start_sync(self, mode: str, exports: dict[int, Export]) -> None:
-        disks = {str(number): {"socket": e.socket, "export": e.export} for number, e in exports.items()}
+        disks = [{"number": number, "socket": e.socket, "export": e.export} for number, e in exports.items()]
         self.call("sync.start", {"mode": mode, "disks": disks})
         self.refresh()
 
+    def new_definition(self) -> None:
+        """The definition file was written anew; a shipper that is not there reads it when it starts."""
+        with suppress(DrctlError):
+            self.call("definition")
+
     def cancel_sync(self) -> None:
-        try:
-            self.call("sync.cancel")
-        except (ApplianceUnreachable, DrctlError):
-            return
+        with suppress(DrctlError):
+            self.call("sync.stop")

@@ -1,0 +1,187 @@
+"""The appliance of one host: starts what it needs, answers its control socket, watches until it is told to end.
+
+Ending it ends neither taps nor shippers, receivers nor views: they go on, and the next one adopts them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from drctl.appliance import config as configuration
+from drctl.appliance.config import Home
+from drctl.appliance.control import ControlServer, Handler, Progress
+from drctl.appliance.group_state import spec_from
+from drctl.appliance.info import appliance_info, machine_list
+from drctl.appliance.process import Processes
+from drctl.appliance.receiver_link import ReceiverLink
+from drctl.appliance.recovery_host import open_recovery
+from drctl.appliance.source_service import SourceService
+from drctl.appliance.store_service import StoreService
+from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
+from drctl.hypervisor.libvirt import LibvirtHypervisor
+from drctl.store import atomic
+
+log = logging.getLogger(__name__)
+
+#: Between two looks at children and views; a dead view server is back within 2 s.
+SUPERVISE_SECONDS = 0.25
+#: A host whose libvirtd does not answer is tried this often at start.
+CONNECT_SECONDS = 2.0
+
+
+class Appliance:
+    """All roles of one host. `serve` returns after `stop`."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._stopped = threading.Event()
+        self._processes = Processes(home.run / "pids", home.logs)
+        self._host = _connect(home.config.uri, self._stopped)
+        self._recovery = open_recovery(home.path, home.run, self._host, self._processes)
+        self._source = SourceService(home, self._host, self._processes)
+        self._stores = StoreService(home.store, self._recovery.recoveries)
+        self._receiver = ReceiverLink(home, self._processes)
+        self._control = ControlServer(home.control, self._handlers())
+
+    def serve(self) -> None:
+        self._supervise_children()
+        self._host.watch(lambda machine, event: self._source.wake())
+        self._recovery.resume()
+        self._source.start()
+        self._control.start()
+        log.info("appliance of %s (%s): ready", self._home.config.host, self._home.config.site)
+        while not self._stopped.wait(SUPERVISE_SECONDS):
+            self._supervise()
+        self._control.stop()
+        self._recovery.close()
+        self._source.close()
+        self._host.close()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _supervise(self) -> None:
+        try:
+            self._supervise_children()
+            self._recovery.supervise()
+        except DrctlError as exc:
+            log.warning("%s", exc.message)
+        except Exception:  # the supervisor's edge: it must outlive any single thing it looks at
+            log.exception("supervise")
+
+    def _supervise_children(self) -> None:
+        rings = str(self._home.run / "rings")
+        self._processes.ensure("watchdog", "drctl.appliance.watchdog", [rings])
+        self._receiver.ensure()
+
+    def _handlers(self) -> dict[str, Handler]:
+        source, stores, recovery = self._source, self._stores, self._recovery
+        return {
+            "appliance.info": lambda _params, _progress: appliance_info(self._home, self._host),
+            "machine.list": lambda _params, _progress: machine_list(self._host),
+            "group.put": self._group_put,
+            "group.remove": self._group_remove,
+            "group.list": self._group_list,
+            "group.status": self._group_status,
+            "replicate.start": source.replicate_start,
+            "replicate.pause": source.replicate_pause,
+            "replicate.resume": source.replicate_start,
+            "replicate.stop": source.replicate_stop,
+            "checkpoint.create": source.checkpoint_create,
+            "checkpoint.list": stores.checkpoint_list,
+            "checkpoint.tag": stores.checkpoint_tag,
+            "checkpoint.verify": stores.checkpoint_verify,
+            "test.start": recovery.test_start,
+            "test.list": recovery.test_list,
+            "test.stop": recovery.test_stop,
+            "failover.plan": recovery.failover_plan,
+            "failover.run": recovery.failover_run,
+            "commit": recovery.commit,
+            "shipper.attest": source.attest,
+            "shipper.order": source.order,
+            "shipper.report": source.report,
+        }
+
+    # -- groups of either role --------------------------------------------------------------------------------------
+
+    def _group_put(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        spec = spec_from(dict(params.get("spec") or {}))
+        site = self._home.config.site
+        if site == spec.source:
+            return {"group": spec.name, "role": "source", "changed": self._source.put(spec)}
+        if site == spec.recovery:
+            return {"group": spec.name, "role": "recovery", "changed": self._stores.put(spec)}
+        raise WrongPhase(f"{spec.name} goes from {spec.source} to {spec.recovery}; this appliance is of {site}")
+
+    def _group_remove(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        name = str(params.get("group"))
+        if name in self._source.names():
+            self._source.remove(name)
+        else:
+            self._stores.remove(name)
+        return {"group": name, "removed": True}
+
+    def _group_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
+        del params, progress
+        found = [{"group": name, "role": "source", **self._source.summary(name)} for name in self._source.names()]
+        return found + [{"group": n, "role": "recovery", **self._stores.summary(n)} for n in self._stores.names()]
+
+    def _group_status(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        name = str(params.get("group"))
+        if name in self._source.names():
+            return self._source.status(name)
+        if name in self._stores.names():
+            return self._stores.status(name)
+        raise NotFound("group", name, known=[*self._source.names(), *self._stores.names()])
+
+
+def _connect(uri: str, stopped: threading.Event) -> LibvirtHypervisor:
+    """The host's libvirt, waited for: the appliance may start before it."""
+    while True:
+        try:
+            return LibvirtHypervisor(uri)
+        except HostUnreachable as exc:
+            log.warning("%s; trying again", exc.message)
+            if stopped.wait(CONNECT_SECONDS):
+                raise
+
+
+def main(home: Path) -> int:
+    """Serve until SIGTERM. Raises DrctlError when it can't start."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    os.umask(0o077)
+    loaded = configuration.load(home)
+    loaded.make_directories()
+    # One supervisor per home: two would fight over the same mirrors.
+    lock = atomic.acquire(home / "lock", wait=False, what="another appliance")
+    try:
+        appliance = Appliance(loaded)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: appliance.stop())
+        appliance.serve()
+    finally:
+        os.close(lock)
+    return 0
+
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(prog="drctl.appliance.daemon")
+    parser.add_argument("--home", type=Path, default=Path("/var/lib/drctl"))
+    try:
+        return main(parser.parse_args().home)
+    except DrctlError as exc:
+        log.error("%s%s", exc.message, f" ({exc.hint})" if exc.hint else "")
+        return exc.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(_run())

@@ -1,0 +1,92 @@
+"""What an appliance says of itself and its host: `appliance.info`, `machine.list`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from drctl import __version__
+from drctl.appliance.config import Home
+from drctl.errors import DrctlError
+from drctl.model.extent import GiB, format_bytes
+from drctl.model.machine import Machine
+
+#: Below these a journal or a ring is about to be in trouble.
+STORE_FREE = 2 * GiB
+RUN_FREE = GiB // 4
+
+
+class InfoHost(Protocol):
+    def version(self) -> str: ...
+
+    def machines(self) -> Any: ...
+
+
+def machine_list(host: InfoHost) -> list[dict[str, Any]]:
+    machines: list[Machine] = list(host.machines())
+    return [asdict(machine) for machine in machines]
+
+
+def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
+    config = home.config
+    findings: list[dict[str, str]] = []
+    try:
+        version = host.version()
+    except DrctlError as exc:
+        version = "unknown"
+        findings.append(_finding("error", "libvirt", exc.message, exc.hint or "is libvirtd running?"))
+    space = {"store": _space(home.store), "run": _space(home.run)}
+    findings += _space_findings(space)
+    findings += _permission_findings(home)
+    return {
+        "site": config.site,
+        "host": config.host,
+        "appliance": config.uuid,
+        "version": __version__,
+        "wall_ns": time.time_ns(),
+        "uri": config.uri,
+        "versions": {"hypervisor": version, "python": platform.python_version()},
+        "capabilities": {},
+        "space": space,
+        "findings": findings,
+    }
+
+
+def _space(path: Path) -> dict[str, Any]:
+    usage = shutil.disk_usage(path)
+    return {"path": str(path), "total": usage.total, "free": usage.free}
+
+
+def _space_findings(space: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    limits = {"store": (STORE_FREE, "the journal"), "run": (RUN_FREE, "the rings")}
+    return [
+        _finding(
+            "warning",
+            str(space[name]["path"]),
+            f"{format_bytes(space[name]['free'])} free for {what}",
+            "make room, or lower journal_limit or ring_size",
+        )
+        for name, (limit, what) in limits.items()
+        if space[name]["free"] < limit
+    ]
+
+
+def _permission_findings(home: Home) -> list[dict[str, str]]:
+    found = []
+    for path in (home.path, home.run):
+        mode = path.stat().st_mode & 0o077
+        if mode:
+            found.append(_finding("warning", str(path), f"is open to others (mode {mode:03o})", f"chmod 700 {path}"))
+    key = home.tls / "key.pem"
+    if not os.access(key, os.R_OK):
+        found.append(_finding("error", str(key), "is not there or can't be read", "enroll the appliance anew"))
+    return found
+
+
+def _finding(severity: str, subject: str, message: str, hint: str) -> dict[str, str]:
+    return {"severity": severity, "subject": subject, "message": message, "hint": hint}

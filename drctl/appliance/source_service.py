@@ -1,0 +1,180 @@
+"""Control methods of the source role: groups that are protected on this host."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from drctl.appliance.config import Home
+from drctl.appliance.control import Progress
+from drctl.appliance.group_state import Desired, GroupFiles
+from drctl.appliance.process import Processes
+from drctl.appliance.protection import Protection
+from drctl.appliance.quiesce import Quiescer
+from drctl.appliance.source_status import source_status
+from drctl.errors import NotFound, Refused, StepFailed, WrongPhase
+from drctl.model.group import GroupSpec
+from drctl.model.phase import Phase
+
+#: Longest that `replicate.start` waits for the mirrors; the first sync goes on by itself.
+ATTACH_SECONDS = 30.0
+
+
+class SourceService:
+    """The protections of this host. Methods may be called from any thread."""
+
+    def __init__(self, home: Home, host: Any, processes: Processes) -> None:
+        self._home = home
+        self._host = host
+        self._processes = processes
+        self._files = GroupFiles(home.groups)
+        self._protections: dict[str, Protection] = {}
+        self._lock = threading.Lock()
+        self._quiescer = Quiescer(host)
+
+    def start(self) -> None:
+        """Take up all groups where an earlier supervisor left them."""
+        for name in self._files.names():
+            self._open(name)
+
+    def close(self) -> None:
+        for protection in self._protections.values():
+            protection.close()
+
+    def wake(self) -> None:
+        """Something happened at the hypervisor: look now."""
+        for protection in list(self._protections.values()):
+            protection.wake()
+
+    def _open(self, name: str) -> Protection:
+        with self._lock:
+            if name not in self._protections:
+                protection = Protection(self._home, self._files, name, self._host, self._processes)
+                self._protections[name] = protection
+                protection.run()
+            return self._protections[name]
+
+    def _protection(self, params: dict[str, Any]) -> Protection:
+        name = str(params.get("group"))
+        if name not in self._protections:
+            raise NotFound("group", name, known=sorted(self._protections), hint="see: drctl apply")
+        return self._protections[name]
+
+    # -- groups -----------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        return sorted(self._protections)
+
+    def put(self, spec: GroupSpec) -> bool:
+        """Create or change a group; True when that changed anything."""
+        known = self._protections.get(spec.name)
+        if known is not None and known.state.spec == spec:
+            return False
+        if known is not None and set(known.state.spec.machines) != set(spec.machines):
+            _demand_unprotected(known, "its machines can't be changed")
+        self._home.peer(spec.recovery)
+        self._files.put(spec)
+        self._open(spec.name).changed_spec()
+        return True
+
+    def remove(self, name: str) -> None:
+        """Forget a group that is not protected. Raises WrongPhase while it is."""
+        protection = self._protection({"group": name})
+        _demand_unprotected(protection, "it can't be deleted")
+        protection.close()
+        with self._lock:
+            self._protections.pop(name, None)
+            self._files.remove(name)
+
+    def status(self, name: str) -> dict[str, Any]:
+        return source_status(self._protection({"group": name}))
+
+    def summary(self, name: str) -> dict[str, Any]:
+        state = self._protection({"group": name}).state
+        return {"phase": state.phase.value, "generation": state.generation}
+
+    # -- replicate --------------------------------------------------------------------------------------------------
+
+    def replicate_start(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Protect the group; returns once every running machine's disks are attached."""
+        protection = self._protection(params)
+        if protection.state.phase is Phase.FAILED_OVER:
+            raise Refused(
+                f"{params['group']} reigns at the other site now; this one may neither run nor replicate it",
+                hint="bring it home by a failback",
+            )
+        protection.want(Desired.PROTECTED)
+        deadline = time.monotonic() + ATTACH_SECONDS
+        while time.monotonic() < deadline:
+            status = source_status(protection)
+            states = [disk["state"] for machine in status["machines"] for disk in machine["disks"]]
+            if states and all(state in ("attached", "off") for state in states) and protection.state.epoch:
+                return {"group": params["group"], "phase": protection.state.phase.value}
+            progress({"step": "attach", "states": states, "reason": protection.state.reason})
+            time.sleep(0.2)
+        raise StepFailed(
+            f"{params['group']} is not attached after {ATTACH_SECONDS:.0f} s: {protection.state.reason}",
+            hint=f"it goes on trying; see: drctl status {params['group']}",
+        )
+
+    def replicate_pause(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return self._leave(params, Desired.PAUSED, progress)
+
+    def replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return self._leave(params, Desired.STOPPED, progress)
+
+    def _leave(self, params: dict[str, Any], desired: Desired, progress: Progress) -> dict[str, Any]:
+        """Detach, and wait until that is done."""
+        protection = self._protection(params)
+        protection.want(desired)
+        deadline = time.monotonic() + 2 * ATTACH_SECONDS
+        while protection.state.epoch:
+            if time.monotonic() > deadline:
+                raise StepFailed(f"{params['group']} is not detached: {protection.state.reason}")
+            progress({"step": "detach", "reason": protection.state.reason})
+            time.sleep(0.1)
+        return {"group": params["group"], "phase": protection.state.phase.value}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoint_create(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Cut a mark now and wait until it is proven and durable."""
+        protection = self._protection(params)
+        kind = str(params.get("kind") or "crash-consistent")
+        order = {"kind": kind, "tags": list(params.get("tags") or ())}
+        if kind == "quiesced":
+            progress({"step": "freeze"})
+            with self._quiescer.frozen([machine.name for machine in protection.machines]):
+                # Within the time after which the guests are thawed by the clock.
+                return dict(protection.shipper.call("mark", {**order, "timeout": 8.0}, timeout_seconds=9.0))
+        return dict(protection.shipper.call("mark", order, timeout_seconds=60.0))
+
+    # -- called by shippers -----------------------------------------------------------------------------------------
+
+    def attest(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        reason = self._protection(params).attest()
+        return {"ok": not reason, "reason": reason}
+
+    def order(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """The shipper waits for order: look now. It sees the proof in the ring."""
+        del progress
+        protection = self._protection(params)
+        protection.wake()
+        return {"reason": protection.state.reason}
+
+    def report(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        self._protection(params).shipper.take(params)
+        return {}
+
+
+def _demand_unprotected(protection: Protection, what: str) -> None:
+    state = protection.state
+    if state.desired is not Desired.STOPPED or state.epoch:
+        raise WrongPhase(
+            f"{state.spec.name} is {state.phase}; {what}",
+            hint=f"drctl replicate stop {state.spec.name}",
+            group=state.spec.name,
+        )
