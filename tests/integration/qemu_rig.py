@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Rig:
         if iothread:
             arguments += ["--object", "iothread,id=thread0"]
         if self.mode == "none":
-            arguments += "-M none -nodefaults -display none -S".split()
+            arguments += ["-M", "none", "-nodefaults", "-display", "none", "-S"]
             arguments += ["-qmp", f"unix:{monitor_path},server=on,wait=off"]
         else:
             arguments += ["--chardev", f"socket,id=qmp,path={monitor_path},server=on,wait=off"]
@@ -106,6 +107,23 @@ class Rig:
         )  # fmt: skip
         until(self.tap_socket.exists, what="target's socket")
         return process
+
+    def sink(self, export: str = "m.vda") -> subprocess.Popen[bytes]:
+        """drctl's own sink on the tap's socket."""
+        exports = self.directory / "exports.json"
+        exports.write_text(json.dumps({"exports": {export: {"number": 0, "size": self.size}}}))
+        self.tap_socket.unlink(missing_ok=True)
+        process = self.run(
+            sys.executable, "-m", "drctl.replication.tap", "--sink", str(exports), str(self.tap_socket)
+        )  # fmt: skip
+        until(self.tap_socket.exists, what="sink's socket")
+        return process
+
+    def connected(self) -> bool:
+        """Whether QEMU has a connection to what listens on the tap's socket now."""
+        table = Path("/proc/net/unix").read_text().splitlines()
+        # State 03 is connected; the accepting side of a connection carries the listener's path.
+        return any(line.endswith(str(self.tap_socket)) and line.split()[5] == "03" for line in table)
 
     def write(self, offset: int, length: int, pattern: int = 0xA5) -> None:
         """One write of the guest; fails when the guest would see an I/O error."""
