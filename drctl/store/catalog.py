@@ -1,0 +1,198 @@
+"""The catalog: which marks, proofs and definitions lie where. A cache in SQLite, made of the segments at any time.
+
+Rows belong to a segment, named by its last log number; `complete` says up to which offset its frames are in."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drctl.errors import NotFound
+from drctl.store.content import Control
+from drctl.store.segment import Segment
+from drctl.wire.frame import FrameKind
+
+#: Raised when the schema changes; an older catalog is thrown away.
+_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS segments (last INTEGER PRIMARY KEY, first INTEGER NOT NULL, complete INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS controls (
+    log INTEGER NOT NULL, "offset" INTEGER NOT NULL, "end" INTEGER NOT NULL, kind INTEGER NOT NULL,
+    generation INTEGER NOT NULL, epoch TEXT NOT NULL, number INTEGER NOT NULL, fields TEXT NOT NULL,
+    PRIMARY KEY (log, "offset")
+);
+CREATE INDEX IF NOT EXISTS controls_number ON controls (kind, epoch, number);
+PRAGMA user_version = {_VERSION};
+"""
+_PROVEN = f"""
+SELECT log, "offset", "end", kind, generation, epoch, fields FROM controls m
+WHERE kind = {int(FrameKind.MARK)} AND EXISTS (
+    SELECT 1 FROM controls p WHERE p.kind = {int(FrameKind.PROOF)} AND p.epoch = m.epoch AND p.number = m.number
+    AND (p.log, p."offset") > (m.log, m."offset"))
+"""
+
+#: Reads what a segment holds: its controls from an offset on, and the offset up to which that was done.
+ReadControls = Callable[[Segment, int], tuple[Sequence[Control], int]]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A control frame in the log: the segment's last log number, and offsets there. Ordered as the log is."""
+
+    log: int
+    offset: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A proven mark and where it lies. Its checkpoint is the log up to `place.end`."""
+
+    place: Place
+    generation: int
+    epoch: str
+    fields: dict[str, Any]
+
+    @property
+    def number(self) -> int:
+        return int(self.fields["number"])
+
+    @property
+    def time(self) -> float:
+        """Wall clock at the mark, seconds."""
+        return float(self.fields["wall_ns"]) / 1e9
+
+
+class Catalog:
+    """One connection to catalog.sqlite, or to a catalog in memory. Methods raise sqlite3.DatabaseError when the file
+    is damaged."""
+
+    def __init__(self, path: Path | None, *, writer: bool = True) -> None:
+        self.path = path
+        if path is None:
+            self._db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        elif writer:
+            self._db = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+        else:
+            uri = f"{path.absolute().as_uri()}?mode=ro"
+            self._db = sqlite3.connect(uri, timeout=10, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            self._prepare(writer or path is None)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, writer: bool) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _VERSION) or (version == 0 and not writer):
+            raise sqlite3.DatabaseError(f"catalog version {version}")
+        if writer:
+            # A cache: what a power failure takes from it is read from the segments again.
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = OFF")
+            self._db.executescript(_SCHEMA)
+
+    def copy(self) -> Catalog:
+        """The same in memory."""
+        other = Catalog(None)
+        self._db.backup(other._db)
+        return other
+
+    def known(self) -> dict[int, tuple[int, int]]:
+        """{last: (first, complete)} of the segments in the catalog."""
+        rows = self._db.execute("SELECT last, first, complete FROM segments")
+        return {last: (first, complete) for last, first, complete in rows}
+
+    def record(self, segment: Segment, controls: Iterable[Control], complete: int, *, anew: bool = False) -> None:
+        """Take a segment's controls up to `complete`; `anew`: forget what was known of it."""
+        self.replace([segment.last] if anew else [], segment, controls, complete)
+
+    def replace(self, gone: Iterable[int], segment: Segment | None, controls: Iterable[Control], complete: int) -> None:
+        """In one transaction: forget the segments `gone`, take `segment`."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for last in gone:
+                self._db.execute("DELETE FROM controls WHERE log = ?", (last,))
+                self._db.execute("DELETE FROM segments WHERE last = ?", (last,))
+            if segment is not None:
+                rows = [_row(segment.last, control) for control in controls]
+                self._db.executemany("INSERT OR REPLACE INTO controls VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                values = (segment.last, segment.first, complete)
+                self._db.execute("INSERT OR REPLACE INTO segments VALUES (?, ?, ?)", values)
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def is_stale(self, segments: Sequence[Segment], sizes: dict[int, int]) -> bool:
+        """The catalog lacks a segment in whole or in part, or has one that is gone. `sizes`: how long each must be."""
+        known = self.known()
+        lacking = [s for s in segments if known.get(s.last, (0, 0))[0] != s.first or known[s.last][1] < sizes[s.last]]
+        return bool(lacking) or len(known) != len(segments)
+
+    def reconcile(self, segments: Sequence[Segment], sizes: dict[int, int], read: ReadControls) -> None:
+        """Make the catalog say what the segments say."""
+        known = self.known()
+        lasts = {segment.last for segment in segments}
+        if gone := [last for last in known if last not in lasts]:
+            self.replace(gone, None, (), 0)
+        for segment in segments:
+            first, complete = known.get(segment.last, (-1, 0))
+            same = first == segment.first and complete <= sizes[segment.last]
+            if not same or complete < sizes[segment.last]:
+                controls, complete = read(segment, complete if same else 0)
+                self.record(segment, controls, complete, anew=not same)
+
+    def marks(self) -> list[Mark]:
+        """The proven marks in log order."""
+        return [_mark(row) for row in self._db.execute(f'{_PROVEN} ORDER BY log, "offset"')]
+
+    def mark(self, number: int, epoch: str = "") -> Mark:
+        """The proven mark `number`, the newest when several epochs have one. Raises NotFound."""
+        rows = self._db.execute(
+            f"{_PROVEN} AND number = ? AND (? = '' OR epoch = ?) ORDER BY log DESC, \"offset\" DESC LIMIT 1",
+            (number, epoch, epoch),
+        ).fetchall()
+        if not rows:
+            raise NotFound("checkpoint", f"#{number}", hint="see: drctl checkpoint list")
+        return _mark(rows[0])
+
+    def newest_definition(self, before: tuple[int, int] | None = None) -> Place | None:
+        """Where the newest DEFINITION lies, optionally before (log, offset)."""
+        row = self._db.execute(
+            'SELECT log, "offset", "end" FROM controls WHERE kind = ? AND (? OR (log, "offset") < (?, ?))'
+            ' ORDER BY log DESC, "offset" DESC LIMIT 1',
+            (int(FrameKind.DEFINITION), before is None, *(before or (0, 0))),
+        ).fetchone()
+        return Place(*row) if row else None
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def _row(log: int, control: Control) -> tuple[Any, ...]:
+    number = int(control.fields.get("number", 0) or 0)
+    return (
+        *(log, control.offset, control.end, int(control.kind), control.generation),
+        *(control.epoch, number, json.dumps(control.fields)),
+    )
+
+
+def _mark(row: Sequence[Any]) -> Mark:
+    log, offset, end, _, generation, epoch, fields = row
+    try:
+        return Mark(Place(log, offset, end), generation, epoch, json.loads(fields))
+    except ValueError as exc:
+        raise sqlite3.DatabaseError(f"catalog row: {exc}") from exc
+
+
+def discard(path: Path) -> None:
+    """Remove a catalog that can't be used."""
+    for each in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+        each.unlink(missing_ok=True)

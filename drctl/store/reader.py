@@ -1,0 +1,246 @@
+"""Reading a store, in any process, beside its writer: checkpoints, definitions, views."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from drctl.errors import IntegrityError, NotFound
+from drctl.model.checkpoint import Checkpoint, CheckpointKind
+from drctl.model.group import GroupDisk
+from drctl.store import atomic
+from drctl.store.catalog import Catalog, Mark, Place, discard
+from drctl.store.content import Content, Control, control_fields
+from drctl.store.group_info import GroupInfo, StoreMode, read_info
+from drctl.store.journal import read_claim
+from drctl.store.label import CheckpointKey, read_pins, read_tags
+from drctl.store.layer import Distrust, RunDirectory, cover, prefix
+from drctl.store.segment import HEADER_SIZE, Segment, SegmentList, list_segments, read_frame, scan
+from drctl.store.view import Layout, View
+from drctl.wire.frame import FrameKind
+
+T = TypeVar("T")
+#: Attempts to see one state of files that merges and promotions keep moving.
+_ATTEMPTS = 5
+
+
+class StoreReader:
+    """The reading half of a store. One thread at a time; any number of processes.
+
+    `writer`: the catalog on disk is kept, made anew when it is damaged; else it is only read, and what it lacks is
+    read from the segments into memory."""
+
+    def __init__(self, root: Path, *, writer: bool = False) -> None:
+        self.root = root
+        self._writer = writer
+        self._catalog: Catalog | None = None
+        info = read_info(root)
+        self._group = info.group
+
+    @property
+    def info(self) -> GroupInfo:
+        """group.json as it is now."""
+        return read_info(self.root)
+
+    # Catalog
+
+    def with_catalog(self, use: Callable[[Catalog], T]) -> T:
+        """`use(catalog)` with a catalog that knows all durable marks; a damaged one is replaced."""
+        try:
+            return use(self._current())
+        except sqlite3.OperationalError:
+            # Locked for long, or no space for it.
+            self._drop_catalog()
+        except sqlite3.DatabaseError:
+            self._drop_catalog()
+            if self._writer:
+                discard(self.root / "catalog.sqlite")
+                return use(self._current())
+        self._catalog = Catalog(None)
+        return use(self._current())
+
+    def _drop_catalog(self) -> None:
+        if self._catalog is not None:
+            self._catalog.close()
+            self._catalog = None
+
+    def _current(self) -> Catalog:
+        path = self.root / "catalog.sqlite"
+        if self._catalog is None:
+            if not self._writer and not path.exists():
+                self._catalog = Catalog(None)
+            else:
+                self._catalog = Catalog(path, writer=self._writer)
+        segments, _ = list_segments(self.root)
+        sizes = self._sizes(segments)
+        if self._catalog.is_stale(list(segments), sizes):
+            if not self._writer and self._catalog.path is not None:
+                copy = self._catalog.copy()
+                self._drop_catalog()
+                self._catalog = copy
+            self._catalog.reconcile(list(segments), sizes, self._read_controls)
+        return self._catalog
+
+    def _reconcile(self, catalog: Catalog) -> None:
+        segments, _ = list_segments(self.root)
+        catalog.reconcile(list(segments), self._sizes(segments), self._read_controls)
+
+    def _sizes(self, segments: SegmentList) -> dict[int, int]:
+        """Up to where each segment is durable."""
+        sizes = {segment.last: segment.size for segment in segments}
+        log, offset = read_claim(self.root)
+        if segments.tail is not None and segments.tail.last == log:
+            sizes[log] = offset
+        return sizes
+
+    def _read_controls(self, segment: Segment, start: int) -> tuple[Sequence[Control], int]:
+        segments, _ = list_segments(self.root)
+        run = None if segment.last == getattr(segments.tail, "last", 0) else RunDirectory(self.root).of_segment(segment)
+        if run is not None:
+            try:
+                return run.controls(), segment.size
+            except IntegrityError:
+                pass
+            finally:
+                run.close()
+        return self._scan_controls(segment, start, self._sizes(segments).get(segment.last, segment.size))
+
+    def _scan_controls(self, segment: Segment, start: int, durable: int) -> tuple[Sequence[Control], int]:
+        """The controls between; those before the first damaged frame when there is one."""
+        try:
+            content = Content(segment.header(self._group), max(start, HEADER_SIZE))
+            content.add_all(scan(segment.path, content.end, durable))
+        except IntegrityError as exc:
+            if exc.fields.get("offset") == 0:
+                return (), durable
+        return content.controls, durable
+
+    # Checkpoints
+
+    def marks(self) -> list[Mark]:
+        """The proven marks that can be restored, in log order."""
+        info = self.info
+        if info.mode is StoreMode.INITIAL:
+            return []
+        return [mark for mark in self.with_catalog(Catalog.marks) if mark.place.log > info.promoting]
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The restorable checkpoints, in log order."""
+        tags, held = read_tags(self.root), set(read_pins(self.root).values())
+        return [_checkpoint(mark, tags, held) for mark in self.marks()]
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """Raises NotFound."""
+        tags, held = read_tags(self.root), set(read_pins(self.root).values())
+        return _checkpoint(self.find(number), tags, held)
+
+    def find(self, number: int, epoch: str = "") -> Mark:
+        """The mark of a restorable checkpoint, the newest of that number. Raises NotFound."""
+        mark = self.with_catalog(lambda catalog: catalog.mark(number, epoch))
+        if mark.place.log <= self.info.promoting:
+            raise NotFound("checkpoint", f"#{number}", hint="it is older than the bases; see: drctl checkpoint list")
+        return mark
+
+    # Definitions
+
+    def definition(self, checkpoint: int | None = None) -> dict[str, Any] | None:
+        """The newest DEFINITION's payload, or the newest one in a checkpoint. None when there was never any."""
+        before = None
+        if checkpoint is not None:
+            place = self.find(checkpoint).place
+            before = (place.log, place.offset)
+        for _ in range(_ATTEMPTS):
+            found = self.with_catalog(lambda catalog: catalog.newest_definition(before))
+            if found is None:
+                break
+            try:
+                return self._fields_at(found, FrameKind.DEFINITION)
+            except FileNotFoundError:
+                continue
+        fields: dict[str, Any] | None = atomic.read_json(self.root / "definition.json")
+        return fields
+
+    def _fields_at(self, place: Place, kind: FrameKind) -> dict[str, Any]:
+        segment = list_segments(self.root)[0].holding(place.log)
+        if segment is None:
+            raise FileNotFoundError(f"segment of log {place.log}")
+        with segment.path.open("rb") as file:
+            frame = read_frame(file.fileno(), segment.path, place.offset)
+        if frame.header.kind is not kind:
+            raise IntegrityError(f"{segment.path}+{place.offset}: not the {kind.name} that the catalog names")
+        return control_fields(frame)
+
+    def disks(self, checkpoint: int | None = None) -> tuple[GroupDisk, ...]:
+        """The group's disks, with the sizes that they had at the checkpoint."""
+        definition = self.definition(checkpoint)
+        return disks_of(definition) if definition and definition.get("disks") else self.info.disks
+
+    # Views
+
+    def open_view(self, number: int, epoch: str = "") -> View:
+        """A view of a checkpoint without a pin: it fails once the checkpoint is merged or promoted away."""
+        mark = self.find(number, epoch)
+        disks = self.disks(number)
+        return View(self.root, disks, lambda distrust: self._layout(number, mark.epoch, distrust), lambda: None)
+
+    def _layout(self, number: int, epoch: str, distrust: Distrust) -> Layout:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._layout_now(number, epoch, distrust)
+            except (FileNotFoundError, IntegrityError):
+                # Files may have moved between two looks; a real damage is still there at the next.
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError
+
+    def _layout_now(self, number: int, epoch: str, distrust: Distrust) -> Layout:
+        base = self.info.base_position
+        mark = self.find(number, epoch)
+        segments, _ = list_segments(self.root)
+        fields = self._fields_at(mark.place, FrameKind.MARK)
+        if fields.get("number") != number:
+            raise IntegrityError(f"log {mark.place.log}+{mark.place.offset}: not the mark of checkpoint #{number}")
+        holding = segments.holding(mark.place.log)
+        if holding is None:
+            raise FileNotFoundError(f"segment of log {mark.place.log}")
+        runs = RunDirectory(self.root, distrust)
+        layers = cover(runs, segments, base + 1, holding.first - 1)
+        try:
+            layers.append(prefix(runs, segments, mark.place))
+        except BaseException:
+            for layer in layers:
+                layer.close()
+            raise
+        return Layout(mark, segments, layers)
+
+    def close(self) -> None:
+        self._drop_catalog()
+
+
+def disks_of(definition: dict[str, Any]) -> tuple[GroupDisk, ...]:
+    """The disks that a DEFINITION names. Raises IntegrityError when it is malformed."""
+    try:
+        return tuple(
+            GroupDisk(int(d["number"]), str(d["machine"]), str(d["target"]), int(d["size"]))
+            for d in definition["disks"]
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise IntegrityError(f"DEFINITION: disks: {exc!r}") from exc
+
+
+def _checkpoint(mark: Mark, tags: dict[CheckpointKey, tuple[str, ...]], held: set[CheckpointKey]) -> Checkpoint:
+    label = CheckpointKey(mark.epoch, mark.number)
+    fields = mark.fields
+    own = tuple(str(tag) for tag in fields.get("tags") or ())
+    return Checkpoint(
+        mark.number,
+        mark.time,
+        CheckpointKind(fields.get("kind", CheckpointKind.CRASH)),
+        mark.epoch,
+        mark.generation,
+        int(fields["sequence"]),
+        own + tuple(tag for tag in tags.get(label, ()) if tag not in own),
+        label in held,
+    )
