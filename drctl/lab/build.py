@@ -37,7 +37,7 @@ def build(directory: Path, options: Options, progress: Progress) -> None:
     _start_daemons(places, state, progress)
     _make_guests(places, state, progress)
     configuration.write(places, state)
-    _make_identities(places, progress)
+    configuration.write_identities(places, state)
     if state.options.appliances:
         _start_appliances(places, state, progress)
     if state.options.start:
@@ -157,10 +157,6 @@ def _start_guests(places: Layout, state: State, progress: Progress) -> None:
     for known in fresh:
         observer.await_up(known.name, home.name, after_ns=begun, timeout=_UP_SECONDS)
         observer.await_records(known.name, home.name, 1, timeout=_UP_SECONDS)
-
-
-def _make_identities(places: Layout, progress: Progress) -> None:
-    """TLS identities, once the appliance's own module can make them."""
 
 
 def _start_appliances(places: Layout, state: State, progress: Progress) -> None:

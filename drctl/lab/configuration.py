@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import tomlkit
 
 from drctl.lab.layout import SITES, Layout, Site, State
+from drctl.replication import identity
 
 
 def write(layout: Layout, state: State) -> None:
@@ -64,18 +66,49 @@ def group_config(state: State) -> tomlkit.TOMLDocument:
 
 
 def appliance_config(layout: Layout, state: State, site: Site) -> tomlkit.TOMLDocument:
-    peers = {other.name: link(state, other.name) for other in layout.sites if other.name != site.name}
+    others = [other for other in layout.sites if other.name != site.name]
     document = tomlkit.document()
     for key, value in (
         ("site", site.name),
         ("host", host_name(site.name)),
         ("uri", site.uri),
         ("link", link(state, site.name)),
+        ("uuid", appliance(state, site.name)),
         ("run", str(site.appliance_run)),
     ):
         document.add(key, tomlkit.item(value))
-    document.add("peers", tomlkit.item(peers))
+    peers = tomlkit.aot()
+    for other in others:
+        peers.append(
+            tomlkit.item(
+                {
+                    "site": other.name,
+                    "host": host_name(other.name),
+                    "link": link(state, other.name),
+                    "uuid": appliance(state, other.name),
+                }
+            )
+        )
+    document.add("peer", peers)
     return document
+
+
+def appliance(state: State, site: str) -> str:
+    """The UUID of a site's appliance: the same whenever the same lab is asked."""
+    return str(uuid.uuid5(uuid.UUID(state.lab), site))
+
+
+def write_identities(layout: Layout, state: State) -> None:
+    """A CA of the lab's own, and a certificate and the list of its peer for each appliance that has none yet."""
+    ca = layout.directory / "ca"
+    if not (ca / "ca.pem").exists():
+        identity.create_ca(ca)
+    for site in layout.sites:
+        tls = site.home / "tls"
+        if not (tls / "cert.pem").exists():
+            identity.issue(ca, appliance(state, site.name), tls)
+        others = [other.name for other in layout.sites if other.name != site.name]
+        identity.write_peers(tls, {appliance(state, name): identity.Peer(name, host_name(name)) for name in others})
 
 
 def _write(path: Path, document: tomlkit.TOMLDocument) -> None:
