@@ -77,14 +77,16 @@ class Hello(msgspec.Struct, frozen=True):
 class Welcome(msgspec.Struct, frozen=True):
     """The receiver's answer: what is durable there, and so where the source goes on.
 
-    `last_mark` is the newest mark of the group that is durable there, proven or not; `needs` is `initial`, `full` or
-    `nothing`."""
+    `last_mark` is the newest MARK of this stream that is durable there, proven or not, `proven_mark` the newest that is
+    proven; `last_number` the largest number of a mark in the whole group, so that numbers stay unique over epochs.
+    `needs` is `initial`, `full` or `nothing`."""
 
     position: Position
     version: int = VERSION
     software: str = ""
     last_mark: int = 0
     proven_mark: int = 0
+    last_number: int = 0
     sync: SyncPlace | None = None
     definition_version: int = 0
     needs: str = "nothing"

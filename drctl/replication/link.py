@@ -1,0 +1,235 @@
+"""The link's connections: TLS over TCP around a wire.link Session. Who may connect is decided here, what is said
+elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from drctl.errors import ApplianceUnreachable, CertificateRejected, DrctlError, ProtocolViolation, SetupFailed
+from drctl.replication import identity
+from drctl.replication.identity import Peer
+from drctl.wire import link as wire
+from drctl.wire.link import Message, Role, Session
+
+HANDSHAKE_TIMEOUT = 10.0
+#: What asyncio keeps for a peer that does not read; a few messages, so that the window is the ring, not memory.
+WRITE_BUFFER = 2 * 1024 * 1024
+READ_CHUNK = 256 * 1024
+#: Half-open connections at once; more wait in the kernel's queue.
+MAX_HANDSHAKES = 32
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """One established connection to an authorised peer. `receive` and `send` may run in two tasks."""
+
+    def __init__(
+        self, role: Role, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, appliance: str, peer: Peer
+    ) -> None:
+        self._session = Session(role)
+        self._reader = reader
+        self._writer = writer
+        self.appliance = appliance
+        self.peer = peer
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    async def receive(self) -> list[Message]:
+        """The next messages; empty at the end of the connection. Raises ProtocolViolation, CertificateRejected or
+        ApplianceUnreachable; the connection is of no use then."""
+        while True:
+            try:
+                data = await self._reader.read(READ_CHUNK)
+            except (OSError, EOFError) as exc:
+                raise identity.rejection(exc) or ApplianceUnreachable(f"the link broke: {exc}") from exc
+            if not data:
+                return []
+            self.received_bytes += len(data)
+            if messages := self._session.receive(data):
+                return messages
+
+    async def send(self, message: Message) -> None:
+        await self._write([self._session.send(message)])
+
+    async def send_frames(self, frames: Sequence[bytes]) -> None:
+        """Send whole frames as one message, copied once. Their sum is at most what the link allows."""
+        data = b"".join(frames)
+        await self._write([self._session.send(wire.Frames(data))])
+
+    async def _write(self, parts: list[bytes]) -> None:
+        try:
+            for part in parts:
+                self._writer.write(part)
+                self.sent_bytes += len(part)
+            await self._writer.drain()
+        except (OSError, RuntimeError) as exc:
+            raise identity.rejection(exc) or ApplianceUnreachable(f"the link broke: {exc}") from exc
+
+    async def close(self) -> None:
+        """Say goodbye for at most a second, then cut."""
+        with contextlib.suppress(OSError, TimeoutError, RuntimeError):
+            self._writer.close()
+            async with asyncio.timeout(1):
+                await self._writer.wait_closed()
+        self.abort()
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writer.transport.abort()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[V6]:PORT`. Raises SetupFailed."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise SetupFailed(f"{address!r} is no address; write HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+async def dial(address: str, tls_dir: Path, expected: str = "") -> Connection:
+    """Connect to a receiver as the source. `expected`: the UUID that it must have; empty: any on our list.
+
+    Raises ApplianceUnreachable, CertificateRejected or SetupFailed (our own certificate)."""
+    host, port = split_address(address)
+    context = identity.client_context(tls_dir)
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(2 * READ_CHUNK, loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+            transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=context)
+    except (OSError, TimeoutError, EOFError) as exc:
+        raise identity.rejection(exc) or _unreachable(address, exc) from exc
+    return _connection(Role.SOURCE, transport, protocol, reader, tls_dir, expected)
+
+
+def _unreachable(address: str, exc: BaseException) -> ApplianceUnreachable:
+    return ApplianceUnreachable(f"no link to {address}: {exc or type(exc).__name__}")
+
+
+def _connection(
+    role: Role,
+    transport: asyncio.Transport,
+    protocol: asyncio.StreamReaderProtocol,
+    reader: asyncio.StreamReader,
+    tls_dir: Path,
+    expected: str = "",
+) -> Connection:
+    writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+    transport.set_write_buffer_limits(high=WRITE_BUFFER)
+    _tune(transport.get_extra_info("socket"))
+    try:
+        tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
+        appliance, peer = identity.authorise(tls.getpeercert(binary_form=True), identity.load_peers(tls_dir))
+        if expected and appliance != expected:
+            raise CertificateRejected(
+                f"appliance {appliance} answers where {expected} was expected",
+                hint="check the link address of the host",
+                reason="another appliance",
+            )
+    except DrctlError:
+        transport.abort()
+        raise
+    return Connection(role, reader, writer, appliance, peer)
+
+
+def _tune(sock: socket.socket) -> None:
+    """No delay for acknowledgements; a dead path is noticed within half a minute even when nothing is sent."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+
+
+Serve = Callable[[Connection], Awaitable[None]]
+Rejected = Callable[[str, DrctlError], None]
+
+
+class Listener:
+    """The link's listening port. Each connection that is let in runs `serve` in a task of its own."""
+
+    def __init__(self, address: str, tls_dir: Path, serve: Serve, rejected: Rejected) -> None:
+        self._address = address
+        self._tls_dir = tls_dir
+        self._serve = serve
+        self._rejected = rejected
+        self._sock: socket.socket | None = None
+        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self.port = 0
+
+    def bind(self) -> None:
+        """Raises SetupFailed when the address can't be listened on, or our certificate is of no use."""
+        host, port = split_address(self._address)
+        identity.server_context(self._tls_dir)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setblocking(False)
+        try:
+            sock.bind((host, port))
+            sock.listen(128)
+        except OSError as exc:
+            sock.close()
+            raise SetupFailed(f"can't listen on {self._address}: {exc}") from exc
+        self._sock = sock
+        self.port = sock.getsockname()[1]
+
+    async def run(self) -> None:
+        """Accept until cancelled; the connections end with it."""
+        assert self._sock is not None
+        loop = asyncio.get_running_loop()
+        with self._sock as sock:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    await self._handshakes.acquire()
+                    try:
+                        accepted, address = await loop.sock_accept(sock)
+                    except OSError as exc:  # e.g. out of descriptors: others' connections must go on
+                        log.warning("accept: %s", exc)
+                        self._handshakes.release()
+                        await asyncio.sleep(0.5)
+                        continue
+                    tasks.create_task(self._one(accepted, f"{address[0]}:{address[1]}"))
+
+    async def _one(self, sock: socket.socket, address: str) -> None:
+        try:
+            try:
+                connection = await self._shake_hands(sock, address)
+            finally:
+                self._handshakes.release()
+        except DrctlError as exc:
+            self._rejected(address, exc)
+            return
+        try:
+            await self._serve(connection)
+        except DrctlError as exc:
+            self._rejected(address, exc)
+        except Exception:  # the edge: one connection must not end the others
+            log.exception("connection from %s", address)
+        finally:
+            await connection.close()
+
+    async def _shake_hands(self, sock: socket.socket, address: str) -> Connection:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(2 * READ_CHUNK, loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        try:
+            context = identity.server_context(self._tls_dir)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=context)
+        except (OSError, TimeoutError, EOFError) as exc:
+            sock.close()
+            raise identity.rejection(exc) or ProtocolViolation(
+                f"no TLS handshake from {address}: {exc or type(exc).__name__}"
+            ) from exc
+        return _connection(Role.RECEIVER, transport, protocol, reader, self._tls_dir)

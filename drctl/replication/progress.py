@@ -1,0 +1,317 @@
+"""The pure core of the source's end of a stream: events in, what to send and release next out.
+
+Knows no sockets, no clock, no ring: the shell (shipper.py) looks at those, tells this machine, and does what it says.
+The law of the stream:
+
+1. Records are sent in the order of their sequences, each once per connection; the cursor is the last one sent.
+2. A MARK stands exactly where the records up to its PUBLISHED end. While one waits, no SYNC frame is placed before it:
+   what the reader fetched is newer than the mark.
+3. SYNC frames stand at a cursor that is at or below the PUBLISHED before their read.
+4. No mark is planned while a sync runs, dropped blocks are outstanding, or the order is not proven.
+5. `released` is what the receiver acknowledged as durable: released <= cursor <= published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from drctl.errors import WrongPhase
+from drctl.replication.marks import Mark, Marks, RingView
+from drctl.replication.sync_progress import Read, Sync, SyncState
+from drctl.wire.link import Ack, SyncPlace, Welcome
+
+
+class Needs(StrEnum):
+    """What the receiver lacks before marks make sense. UNKNOWN: it was not asked yet."""
+
+    UNKNOWN = "unknown"
+    INITIAL = "initial"
+    FULL = "full"
+    DIRTY = "dirty"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class SendDefinition:
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendRecords:
+    """Ship records with `after` < sequence <= `upto`, as many as fit; tell how far by `shipped`."""
+
+    after: int
+    upto: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendMark:
+    mark: Mark
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendProof:
+    mark: Mark
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendSyncBegin:
+    sync: Sync
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendSyncData:
+    read: Read
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendSyncProgress:
+    place: SyncPlace
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendSyncEnd:
+    sync: Sync
+    position: int
+
+
+Step = (
+    SendDefinition | SendRecords | SendMark | SendProof | SendSyncBegin | SendSyncData | SendSyncProgress | SendSyncEnd
+)
+
+
+class Progress:
+    """A source-side stream. One task owns it.
+
+    Invariant: 0 <= released <= cursor <= published, but for a moment after a receiver came back with less than it
+    acknowledged once: then `needs` is FULL and nothing that was released is asked for."""
+
+    def __init__(self, epoch: str, released: int, definition_version: int) -> None:
+        self.epoch = epoch
+        self.released = released
+        self.cursor = released
+        self.connected = False
+        self.needs = Needs.UNKNOWN
+        self.marks = Marks()
+        self.sync: Sync | None = None
+        self.remote_sync: SyncPlace | None = None
+        self.definition_version = definition_version
+        self._definition_sent = 0
+        self._published = released
+        self._dropping = False
+        self._dropped = 0
+        #: DROPPED up to which dropped blocks were read again. 0 at first: an earlier process may not have finished.
+        self._drained = 0
+        self._sync_was_last = False
+        self._first_mark_kind = ""
+        self._ordered = False
+        self.lost_at_receiver = False
+
+    # events
+
+    def look(self, view: RingView) -> None:
+        """What the ring shows now."""
+        self._published = view.published
+        self._dropping = view.dropping
+        self._dropped = view.dropped
+        self._ordered = view.ordered
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """A connection stands; all that is not durable at the other side will be sent again.
+
+        Raises WrongPhase when the receiver has more than was ever written: another ring uses our epoch."""
+        position = welcome.position.sequence if welcome.position.epoch == self.epoch else 0
+        if position > self._published:
+            raise WrongPhase(f"the receiver has {position} of this epoch, the ring only {self._published}")
+        self.connected = True
+        self.lost_at_receiver = position < self.released
+        if self.lost_at_receiver:
+            self._forget_receiver()
+            welcome = Welcome(
+                position=welcome.position,
+                last_number=welcome.last_number,
+                definition_version=welcome.definition_version,
+                needs="initial" if welcome.needs == "initial" else "full",
+            )
+        self.cursor = max(position, self.released)
+        self.released = self.cursor
+        self.marks.rewind(self.cursor, welcome.last_mark, welcome.proven_mark)
+        self.marks.last_number = max(self.marks.last_number, welcome.last_number)
+        self.needs = self._needs_after(welcome)
+        self.remote_sync = welcome.sync
+        self._definition_sent = welcome.definition_version
+        self._sync_was_last = False
+        if self.sync is not None:
+            self.sync.rewind(welcome.sync)
+            self._sync_ended_remotely()
+
+    def _needs_after(self, welcome: Welcome) -> Needs:
+        """The receiver can't tell a whole epoch without a mark, or a sync of dropped blocks, from a broken off pass:
+        it says `full`. When this process has seen the pass end, or runs the one for dropped blocks, it knows better."""
+        needs = Needs(welcome.needs)
+        if needs is not Needs.FULL or self.lost_at_receiver or self.needs is not Needs.NOTHING:
+            return needs
+        sync = self.sync
+        ours = sync is not None and sync.mode == Needs.DIRTY and welcome.sync is not None and welcome.sync.id == sync.id
+        return Needs.NOTHING if welcome.sync is None or ours else needs
+
+    def _forget_receiver(self) -> None:
+        """It has less than it acknowledged once (another disk, a restored backup): nothing of before counts."""
+        self.marks.fail_all("the receiver lost acknowledged records")
+        if self.sync is not None and self.sync.mode == Needs.DIRTY:
+            self.sync = None
+
+    def disconnected(self) -> None:
+        self.connected = False
+
+    def shipped(self, upto: int) -> None:
+        """Records up to `upto` are handed to the connection."""
+        if not self.cursor <= upto <= self._published:
+            raise ValueError(f"shipped {upto}, but the cursor is {self.cursor} of {self._published}")
+        self.cursor = upto
+
+    def acknowledged(self, ack: Ack) -> None:
+        """The receiver made more durable. Raises WrongPhase when it acknowledges what was not sent."""
+        if ack.epoch != self.epoch:
+            return
+        if ack.sequence > self.cursor:
+            raise WrongPhase(f"the receiver acknowledged {ack.sequence}, sent is {self.cursor}")
+        self.released = max(self.released, ack.sequence)
+        self.marks.durable(ack.mark)
+        if self.sync is not None and ack.sync is not None:
+            self.remote_sync = ack.sync
+            self.sync.durable(ack.sync)
+            self._sync_ended_remotely()
+
+    def attested(self, number: int, reason: str, view: RingView) -> None:
+        """The supervisor's answer (see Marks.attested)."""
+        self.look(view)
+        self.marks.attested(number, reason, view)
+
+    # syncs
+
+    def start_sync(self, sync: Sync) -> Sync:
+        """Begin a pass, or go on with the one that the receiver has begun. Raises WrongPhase while one runs."""
+        if self.sync is not None and self.sync.active:
+            raise WrongPhase(f"a {self.sync.mode} sync is running already")
+        place = self.remote_sync
+        if place is not None and not place.done and sync.mode != Needs.DIRTY and self.needs in (sync.mode,):
+            sync.id, sync.resume, sync.reached = place.id, place, place
+            sync.state = SyncState.READING
+        self.sync = sync
+        return sync
+
+    def cancel_sync(self) -> None:
+        """Give the pass up; what it was for is still needed."""
+        self.sync = None
+
+    def _sync_ended_remotely(self) -> None:
+        sync = self.sync
+        if sync is not None and sync.state is SyncState.DONE and self.needs is not Needs.UNKNOWN:
+            if sync.mode != Needs.DIRTY:
+                self.needs = Needs.NOTHING
+            if self.marks.last_number and sync.mode != Needs.INITIAL and sync.total:
+                self._first_mark_kind = "resync"
+
+    def drained(self, dropped: int) -> None:
+        """All blocks that were dropped while DROPPED was at most `dropped` are durable at the other side."""
+        self._drained = dropped
+
+    @property
+    def dirty_outstanding(self) -> bool:
+        return self._dropping or self._dropped != self._drained
+
+    @property
+    def wants(self) -> Needs:
+        """The pass that is to be run next, by whoever knows how to read the disks."""
+        if self.needs is Needs.NOTHING and self.dirty_outstanding:
+            return Needs.DIRTY
+        return self.needs
+
+    # marks
+
+    def no_mark_because(self) -> str:
+        """Why a mark can't be planned now; empty when it can."""
+        if self.needs is Needs.UNKNOWN:
+            return "the receiver was not reached yet"
+        if self.needs is not Needs.NOTHING:
+            return f"a {self.needs} sync is needed first"
+        if self.sync is not None and self.sync.active:
+            return "a sync is running"
+        if self.dirty_outstanding:
+            return "dropped blocks must be read again first"
+        if not self._ordered:
+            return "the order of writes is not proven"
+        return ""
+
+    @property
+    def order_wanted(self) -> bool:
+        """The order is the only thing that is missing: ask the supervisor to prove it."""
+        return not self._ordered and not self.dirty_outstanding
+
+    def plan_mark(
+        self, view: RingView, wall_ns: int, monotonic_ns: int, kind: str = "crash-consistent", tags: Sequence[str] = ()
+    ) -> Mark | None:
+        """A mark at this look at the ring; None when too many wait. Raises WrongPhase with the reason why not."""
+        self.look(view)
+        if reason := self.no_mark_because():
+            raise WrongPhase(f"no checkpoint can be made now: {reason}")
+        if kind == "crash-consistent" and self._first_mark_kind:
+            kind = self._first_mark_kind
+        mark = self.marks.plan(view, kind, wall_ns, monotonic_ns, tuple(tags))
+        if mark is not None:
+            self._first_mark_kind = ""
+        return mark
+
+    # what to send
+
+    def next_step(self) -> Step | None:
+        """What goes into the connection next; None: nothing now. The step counts as sent when this returns, but for
+        records, whose end is told by `shipped`."""
+        if not self.connected:
+            return None
+        if self._definition_sent < self.definition_version:
+            self._definition_sent = self.definition_version
+            return SendDefinition(self.definition_version)
+        waiting = self.marks.next_to_send()
+        if waiting is not None and waiting.sequence == self.cursor:
+            waiting.sent = True
+            return SendMark(waiting, self.cursor)
+        if (proof := self.marks.next_to_prove()) is not None:
+            proof.proof_sent = True
+            return SendProof(proof, self.cursor)
+        return self._next_data(waiting)
+
+    def _next_data(self, waiting: Mark | None) -> Step | None:
+        """Records and reads take turns, so that neither starves the other."""
+        upto = self._published if waiting is None else min(self._published, waiting.sequence)
+        sync = self.sync
+        if sync is not None and (hold := sync.hold) is not None:
+            upto = min(upto, hold)
+        records = SendRecords(self.cursor, upto) if upto > self.cursor else None
+        if sync is None or waiting is not None or (records is not None and self._sync_was_last):
+            self._sync_was_last = False
+            return records
+        step = self._next_sync(sync)
+        self._sync_was_last = isinstance(step, SendSyncData)
+        return step or records
+
+    def _next_sync(self, sync: Sync) -> Step | None:
+        if sync.state is SyncState.BEGINNING:
+            sync.state = SyncState.READING
+            return SendSyncBegin(sync, self.cursor)
+        if sync.progress_due:
+            return SendSyncProgress(sync.took_progress(), self.cursor)
+        if (read := sync.next_read()) is not None:
+            return SendSyncData(read, self.cursor)
+        if sync.at_end():
+            sync.state = SyncState.SENT
+            return SendSyncEnd(sync, self.cursor)
+        return None

@@ -1,0 +1,320 @@
+"""The reader: walks disks through QEMU's read-only NBD export and hands what it finds to the stream.
+
+First sync, full resync and dropped blocks are one path. It is slow on purpose where it must be: paced by `read_limit`,
+by what the link takes, and by the ring's backlog. It goes on where the receiver's durable progress stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+from drctl.errors import ApplianceUnreachable, DrctlError, HypervisorRefused
+from drctl.model.extent import Extent as Range
+from drctl.model.extent import KiB, MiB
+from drctl.replication.ring_port import RingPort
+from drctl.replication.sync_progress import Read, Sync, SyncState
+from drctl.wire.nbd_client import Failed, NbdClient, ReadDone, Ready, StatusDone
+
+#: One read: large enough for an array, small enough that its hold on the stream is short.
+READ_SIZE = 256 * KiB
+#: Bytes being read or waiting to be sent; with READ_SIZE 16 reads in flight.
+WINDOW = 4 * MiB
+#: How much of the disk is asked about at once, and the shortest hole worth asking again for.
+STATUS_WINDOW = 1024 * MiB
+SHORT_HOLE = MiB
+#: Above this fill of the ring the reader rests: what the guest writes goes first, or the ring overflows.
+CONGESTED = 0.25
+#: NBD_STATE_ZERO of base:allocation.
+_HOLE_READS_ZERO = 2
+RECEIVE_CHUNK = 1 * MiB
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Where a disk can be read: a unix socket and the export's name there."""
+
+    socket: str
+    export: str
+
+
+class DiskConnection:
+    """One NBD connection, many requests in flight. `run` must be running for requests to be answered."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: NbdClient) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._client = client
+        self._waiting: dict[int, asyncio.Future[ReadDone | StatusDone]] = {}
+        self._cookies = itertools.count(1)
+        assert client.ready is not None
+        self.ready: Ready = client.ready
+
+    @classmethod
+    async def open(cls, export: Export, timeout: float = 10.0) -> DiskConnection:
+        """Enter the export. Raises ApplianceUnreachable, NotFound or ProtocolViolation."""
+        client = NbdClient(export.export)
+        try:
+            async with asyncio.timeout(timeout):
+                reader, writer = await asyncio.open_unix_connection(export.socket, limit=2 * RECEIVE_CHUNK)
+                while client.ready is None:
+                    client.receive(await _some(reader))
+                    writer.write(client.take_output())
+        except (OSError, EOFError, TimeoutError) as exc:
+            raise ApplianceUnreachable(f"{export.socket}: {exc or 'no answer in time'}") from exc
+        return cls(reader, writer, client)
+
+    async def run(self) -> None:
+        """Pass answers on until the connection ends; then all that wait fail."""
+        failure: DrctlError = ApplianceUnreachable("the NBD server closed the connection")
+        try:
+            while data := await self._reader.read(RECEIVE_CHUNK):
+                for event in self._client.receive(data):
+                    self._dispatch(event)
+        except OSError as exc:
+            failure = ApplianceUnreachable(f"the NBD connection broke: {exc}")
+        except DrctlError as exc:
+            failure = exc
+        finally:
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(failure)
+            self._waiting.clear()
+
+    def _dispatch(self, event: object) -> None:
+        if isinstance(event, ReadDone | StatusDone):
+            future = self._waiting.pop(event.cookie)
+            if not future.done():
+                future.set_result(event)
+        elif isinstance(event, Failed):
+            future = self._waiting.pop(event.cookie)
+            if not future.done():
+                future.set_exception(HypervisorRefused(f"the disk can't be read: {event.message}"))
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Raises HypervisorRefused when the server can't, and what ended the connection."""
+        cookie = next(self._cookies)
+        done = await self._ask(cookie, self._client.read(cookie, offset, length))
+        assert isinstance(done, ReadDone)
+        return done.data
+
+    async def first_holes(self, offset: int, length: int) -> tuple[int, bool]:
+        """How many bytes from `offset` are a hole that reads as zeroes (True), or are to be read before the next hole
+        that is worth asking about (False)."""
+        if not self.ready.allocation:
+            return length, False
+        cookie = next(self._cookies)
+        done = await self._ask(cookie, self._client.block_status(cookie, offset, length))
+        assert isinstance(done, StatusDone)
+        return _first_run(done.extents, length)
+
+    async def _ask(self, cookie: int, request: bytes) -> ReadDone | StatusDone:
+        future: asyncio.Future[ReadDone | StatusDone] = asyncio.get_running_loop().create_future()
+        self._waiting[cookie] = future
+        try:
+            self._writer.write(request)
+        except (OSError, RuntimeError) as exc:
+            raise ApplianceUnreachable(f"the NBD connection broke: {exc}") from exc
+        return await future
+
+    async def close(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writer.write(self._client.disconnect())
+            self._writer.close()
+
+
+async def _some(reader: asyncio.StreamReader) -> bytes:
+    if data := await reader.read(RECEIVE_CHUNK):
+        return data
+    raise EOFError("the server closed the connection")
+
+
+def _first_run(extents: tuple[tuple[int, int], ...], length: int) -> tuple[int, bool]:
+    """(bytes, hole) of what comes first; holes shorter than SHORT_HOLE count as data once data has begun."""
+    total = 0
+    for size, flags in extents:
+        is_hole = bool(flags & _HOLE_READS_ZERO)
+        if total == 0 and is_hole:
+            return min(_leading_holes(extents), length), True
+        if is_hole and size >= SHORT_HOLE:
+            break
+        total += size
+    return min(total, length), False
+
+
+def _leading_holes(extents: tuple[tuple[int, int], ...]) -> int:
+    return sum(size for size, _ in itertools.takewhile(lambda extent: extent[1] & _HOLE_READS_ZERO, extents))
+
+
+class Pace:
+    """At most `limit` bytes a second, on the loop's clock; 0: no limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._next = 0.0
+
+    async def take(self, count: int) -> None:
+        if self.limit <= 0:
+            return
+        now = asyncio.get_running_loop().time()
+        self._next = max(self._next, now - 0.1)
+        delay = self._next - now
+        self._next += count / self.limit
+        if delay > 0:
+            await asyncio.sleep(delay)
+
+
+Extents = Callable[[int], Iterator[Range]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """One disk in one attempt of a pass."""
+
+    sync: Sync
+    attempt: int
+    disk: int
+    connection: DiskConnection
+    tasks: asyncio.TaskGroup
+
+
+class Reader:
+    """Runs the passes of one stream. The stream's owner sets `moved` when a read was taken into the stream or the
+    sync's state changed; `arrived` tells it that there is something to take."""
+
+    def __init__(self, port: RingPort, moved: asyncio.Event, arrived: Callable[[], None], pace: Pace) -> None:
+        self._port = port
+        self._moved = moved
+        self._arrived = arrived
+        self.pace = pace
+        self.last_error = ""
+
+    async def run(self, sync: Sync, exports: dict[int, Export], extents: Extents | None) -> None:
+        """Read until the receiver has the whole pass durable. `extents` tells what to read of a disk; None: all of it,
+        holes skipped. Ends by cancellation, or when done; errors of the disks are retried for ever and told."""
+        while sync.active:
+            attempt = sync.attempt
+            try:
+                await self._pass(sync, attempt, exports, extents)
+            except DrctlError as exc:
+                self.last_error = str(exc)
+                log.warning("reader: %s", exc)
+                sync.abandon()
+                await asyncio.sleep(1.0)
+                continue
+            self.last_error = ""
+            while sync.attempt == attempt and sync.active:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        self._moved.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await self._moved.wait()
+
+    async def _pass(self, sync: Sync, attempt: int, exports: dict[int, Export], extents: Extents | None) -> None:
+        while sync.state is SyncState.BEGINNING:
+            await self._wait()
+        resume = sync.resume
+        for disk in sorted(sync.disks):
+            if disk < resume.disk or sync.attempt != attempt:
+                continue
+            begin = resume.offset if disk == resume.disk else 0
+            async with self._connected(exports[disk]) as (connection, tasks):
+                walk = _Walk(sync, attempt, disk, connection, tasks)
+                if extents is None:
+                    await self._walk(walk, begin)
+                else:
+                    await self._fetch(walk, begin, extents(disk))
+        if sync.attempt == attempt:
+            sync.finished_reading()
+            self._arrived()
+
+    @contextlib.asynccontextmanager
+    async def _connected(self, export: Export) -> AsyncIterator[tuple[DiskConnection, asyncio.TaskGroup]]:
+        connection = await DiskConnection.open(export)
+        runner = asyncio.ensure_future(connection.run())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                yield connection, tasks
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from failures
+        finally:
+            await connection.close()
+            runner.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await runner
+
+    async def _walk(self, walk: _Walk, begin: int) -> None:
+        """All of a disk. A hole is believed only under the hold that was set before it was asked about."""
+        sync, size = walk.sync, walk.sync.disks[walk.disk]
+        if walk.connection.ready.size < size:
+            raise HypervisorRefused(f"disk {walk.disk} has {walk.connection.ready.size} bytes, expected {size}")
+        position = begin
+        while position < size and await self._room(walk, READ_SIZE):
+            read = sync.issue(walk.disk, Range(position, 0), self._port.published)
+            length, hole = await walk.connection.first_holes(position, min(STATUS_WINDOW, size - position))
+            if sync.attempt != walk.attempt:
+                return
+            if hole:
+                read.extent = Range(position, length)
+                self._done(sync, read, b"", zero=True)
+                position += length
+            else:
+                position = await self._read_until(walk, read, position + length)
+
+    async def _read_until(self, walk: _Walk, read: Read, end: int) -> int:
+        """Read from where `read` stands up to `end`; returns where the next is to be."""
+        position = read.extent.offset
+        while True:
+            read.extent = Range(position, min(READ_SIZE, end - position))
+            walk.tasks.create_task(self._one(walk, read))
+            position = read.extent.end
+            if position >= end or not await self._room(walk, READ_SIZE):
+                return position
+            read = walk.sync.issue(walk.disk, Range(position, 0), self._port.published)
+
+    async def _fetch(self, walk: _Walk, begin: int, extents: Iterator[Range]) -> None:
+        """The given ranges of a disk."""
+        sync = walk.sync
+        for whole in extents:
+            position = max(whole.offset, begin)
+            while position < whole.end:
+                length = min(READ_SIZE, whole.end - position)
+                if not await self._room(walk, length):
+                    return
+                read = sync.issue(walk.disk, Range(position, length), self._port.published)
+                walk.tasks.create_task(self._one(walk, read))
+                position += length
+
+    async def _room(self, walk: _Walk, length: int) -> bool:
+        """Wait until one more read may start. False: this attempt is over."""
+        sync = walk.sync
+        await self.pace.take(length)
+        while sync.attempt == walk.attempt and (sync.outstanding + length > WINDOW or self._port.fill() > CONGESTED):
+            await self._wait()
+        return sync.attempt == walk.attempt
+
+    async def _one(self, walk: _Walk, read: Read) -> None:
+        data = await walk.connection.read(read.extent.offset, read.extent.length)
+        self._done(walk.sync, read, data, zero=False)
+
+    def _done(self, sync: Sync, read: Read, data: bytes | bytearray, *, zero: bool) -> None:
+        if read.attempt == sync.attempt:
+            sync.arrived(read, memoryview(data), zero=zero)
+            self._arrived()
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """The first of our own errors in the group; else the first of all."""
+    ours, _ = group.split(DrctlError)
+    exc: BaseException = ours or group
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

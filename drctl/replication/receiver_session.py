@@ -1,0 +1,146 @@
+"""One source's connection at the receiver: HELLO, then frames in, durable, acknowledged.
+
+While one batch is made durable the next gathers: a slow fsync makes batches larger, not acknowledgements wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from drctl.errors import DrctlError, OutOfSpace, ProtocolViolation, Refused, UnsupportedFormat
+from drctl.model.extent import MiB
+from drctl.replication.group_writer import GroupWriter, StreamToken
+from drctl.replication.link import Connection
+from drctl.wire import link as wire
+
+HELLO_TIMEOUT = 10.0
+#: Frames that wait for the store; beyond it the socket is not read, and TCP slows the source down.
+WAITING_LIMIT = 8 * MiB
+
+log = logging.getLogger(__name__)
+
+
+class ReceiverSession:
+    """The receiver's end of one connection."""
+
+    def __init__(self, connection: Connection, hello: wire.Hello, writer: GroupWriter) -> None:
+        self._connection = connection
+        self._writer = writer
+        self.hello = hello
+        self.token = StreamToken(hello.host, hello.generation, hello.epoch)
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._arrived = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._ended = False
+        self.since_wall_ns = time.time_ns()
+        self.sequence = 0
+        self.mark = 0
+        self.received_bytes = 0
+        self.acknowledgements = 0
+
+    async def run(self) -> None:
+        """Serve until the source leaves or something must end it. Raises DrctlError after having told the source."""
+        try:
+            welcome = await self._writer.begin(self.token)
+            self.sequence, self.mark = welcome.position.sequence, welcome.proven_mark
+            await self._connection.send(welcome)
+            await self._both()
+        except DrctlError as exc:
+            await refuse(self._connection, exc)
+            raise
+
+    async def _both(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._hear())
+                tasks.create_task(self._store())
+        except BaseExceptionGroup as failures:
+            ours, others = failures.split(DrctlError)
+            if ours is not None:
+                raise ours.exceptions[0] from failures
+            if others is not None:
+                raise
+
+    async def _hear(self) -> None:
+        while messages := await self._connection.receive():
+            for message in messages:
+                await self._take(message)
+        self._ended = True
+        self._arrived.set()
+
+    async def _take(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Frames):
+            self._waiting.append(message.data)
+            self._waiting_bytes += len(message.data)
+            self.received_bytes += len(message.data)
+            self._arrived.set()
+            while self._waiting_bytes > WAITING_LIMIT:
+                self._taken.clear()
+                await self._taken.wait()
+        elif isinstance(message, wire.Ping):
+            await self._connection.send(wire.Pong(message.id, time.time_ns(), time.monotonic_ns()))
+
+    async def _store(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                self._waiting_bytes = 0
+                self._taken.set()
+                await self._make_durable(batch)
+            if self._ended:
+                return
+
+    async def _make_durable(self, batch: list[bytes]) -> None:
+        durable, space = await self._writer.write(self.token, batch)
+        self.sequence, self.mark = durable.sequence, durable.mark
+        sync = None if durable.sync is None else wire.SyncPlace(**_place(durable.sync))
+        self.acknowledgements += 1
+        await self._connection.send(wire.Ack(durable.epoch, durable.sequence, durable.mark, sync, space))
+
+
+def _place(sync: Any) -> dict[str, Any]:
+    return {"id": sync.sync, "disk": sync.disk, "offset": sync.offset}
+
+
+async def hear_hello(connection: Connection) -> wire.Hello:
+    """The first message. Raises ProtocolViolation, UnsupportedFormat."""
+    try:
+        async with asyncio.timeout(HELLO_TIMEOUT):
+            messages = await connection.receive()
+    except TimeoutError as exc:
+        raise ProtocolViolation(f"no HELLO within {HELLO_TIMEOUT:.0f} s") from exc
+    if not messages:
+        raise ProtocolViolation("the peer left without HELLO")
+    hello = messages[0]
+    if not isinstance(hello, wire.Hello) or len(messages) > 1:
+        raise ProtocolViolation("something else than one HELLO")
+    if hello.version != wire.VERSION:
+        raise UnsupportedFormat(f"link version {hello.version}, known: {wire.VERSION}", hint="upgrade the older side")
+    if len(hello.epoch) != 32 or not set(hello.epoch) <= set("0123456789abcdef"):
+        raise ProtocolViolation("the epoch in HELLO is none")
+    if hello.appliance != connection.appliance:
+        raise Refused(f"HELLO of {hello.appliance} with the certificate of {connection.appliance}")
+    if not connection.peer.may(hello.group):
+        raise Refused(
+            f"appliance {connection.appliance} may not replicate group {hello.group} to here",
+            hint="see groups in peers.json",
+        )
+    return hello
+
+
+async def refuse(connection: Connection, exc: DrctlError) -> None:
+    """Tell the source why the connection ends, as far as it still listens."""
+    reason = str(exc.fields.get("refusal") or exc.slug)
+    if isinstance(exc, OutOfSpace):
+        log.warning("out of space: %s", exc)
+    try:
+        async with asyncio.timeout(2):
+            await connection.send(wire.Refused(reason, exc.message, exc.hint))
+    except (DrctlError, TimeoutError):
+        pass

@@ -1,0 +1,257 @@
+"""One connection of a shipper: says HELLO, sends what the progress core wants, passes acknowledgements back.
+
+Three steps side by side, in order: the core's steps are turned into frames by worker threads (compression), written
+in the order of the steps, and acknowledged by the receiver. A few MiB are between them, never more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from drctl.errors import ApplianceUnreachable, ProtocolViolation, Refused, WrongPhase
+from drctl.model.extent import MiB
+from drctl.replication import framing
+from drctl.replication.link import Connection
+from drctl.replication.progress import (
+    SendDefinition,
+    SendMark,
+    SendProof,
+    SendRecords,
+    SendSyncBegin,
+    SendSyncData,
+    SendSyncEnd,
+    SendSyncProgress,
+    Step,
+)
+from drctl.replication.shipper_state import ShipperState
+from drctl.wire import link as wire
+from drctl.wire.frame import FrameKind
+
+#: Data of one step, and steps between ring and socket: 4 MiB in flight, however large the ring.
+STEP_BYTES = MiB // 2
+STEP_RECORDS = 1024
+STEPS = 8
+PING_EVERY = 2.0
+#: A receiver that says nothing for so long (it answers pings) is as good as gone.
+SILENCE_LIMIT = 20.0
+#: After a short batch the sender pauses this long, so that a slow trickle of writes is not one wake-up each.
+GATHER = 0.002
+_GATHER_BELOW = 64
+
+_Frames = asyncio.Future[list[bytes]]
+
+
+class StreamSender:
+    """The source's end of one connection. `run` ends by raising what ended the connection."""
+
+    def __init__(self, state: ShipperState, connection: Connection, workers: ThreadPoolExecutor) -> None:
+        self._state = state
+        self._connection = connection
+        self._workers = workers
+        self._steps: asyncio.Queue[_Frames] = asyncio.Queue(STEPS)
+        self._pings: dict[int, tuple[int, int]] = {}
+        self._heard = time.monotonic()
+
+    async def run(self, stands: Callable[[], None]) -> None:
+        """`stands` is called after WELCOME. Raises Refused, ApplianceUnreachable, ProtocolViolation, WrongPhase,
+        IntegrityError or CertificateRejected."""
+        await self._greet()
+        self._state.link.connections += 1
+        stands()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for part in (self._produce(), self._write(), self._hear(), self._ping()):
+                    tasks.create_task(part)
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from failures
+        finally:
+            self._state.progress.disconnected()
+            self._drop_steps()
+
+    def _drop_steps(self) -> None:
+        while not self._steps.empty():
+            self._steps.get_nowait().cancel()
+
+    async def _greet(self) -> None:
+        state, config = self._state, self._state.config
+        sent_wall, sent = time.time_ns(), time.monotonic_ns()
+        await self._connection.send(
+            wire.Hello(
+                group=config.group,
+                host=config.host,
+                generation=state.ring.generation,
+                epoch=state.ring.epoch,
+                appliance=config.appliance,
+                software=config.software,
+                wall_ns=sent_wall,
+            )
+        )
+        try:
+            async with asyncio.timeout(SILENCE_LIMIT):
+                messages = await self._connection.receive()
+        except TimeoutError as exc:
+            raise ApplianceUnreachable("the receiver did not answer HELLO in time") from exc
+        if not messages:
+            raise ApplianceUnreachable("the receiver closed the connection without a word")
+        welcome = messages[0]
+        if isinstance(welcome, wire.Refused):
+            raise _refusal(welcome)
+        if not isinstance(welcome, wire.Welcome):
+            raise ProtocolViolation(f"{type(welcome).__name__} instead of WELCOME")
+        state.clock.sample(sent_wall, time.monotonic_ns() - sent, welcome.wall_ns)
+        state.progress.look(state.ring.look())
+        state.progress.welcomed(welcome)
+        self._settled()
+        for message in messages[1:]:
+            self._take(message)
+
+    # sending
+
+    async def _produce(self) -> None:
+        state = self._state
+        while True:
+            state.progress.look(state.ring.look())
+            step = state.progress.next_step()
+            if step is None:
+                await state.ring.wait(state.progress.cursor)
+                continue
+            await self._steps.put(self._frames_of(step))
+            if isinstance(step, SendRecords) and state.progress.cursor - step.after < _GATHER_BELOW:
+                await asyncio.sleep(GATHER)
+
+    def _frames_of(self, step: Step) -> _Frames:
+        if isinstance(step, SendRecords):
+            return self._records(step)
+        if isinstance(step, SendSyncData):
+            return self._blocks(step)
+        return _ready(self._control(step))
+
+    def _records(self, step: SendRecords) -> _Frames:
+        state = self._state
+        batch = state.ring.batch(step.after, step.upto, STEP_BYTES, STEP_RECORDS)
+        assert batch is not None
+        state.progress.shipped(batch.last)
+        state.shipped_records += len(batch)
+        state.shipped_bytes += len(batch.data)
+        return self._in_worker(framing.frames_of_batch, state.stamp, batch)
+
+    def _blocks(self, step: SendSyncData) -> _Frames:
+        read, stamp = step.read, self._state.stamp
+        extent = read.extent
+        self._state.moved.set()
+        if read.zero:
+            return _ready(framing.frames_of_zeroes(stamp, step.position, read.disk, extent.offset, extent.length))
+        assert read.data is not None
+        return self._in_worker(framing.frames_of_blocks, stamp, step.position, read.disk, extent.offset, read.data)
+
+    def _in_worker(self, work: Any, *args: Any) -> _Frames:
+        return asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
+
+    def _control(self, step: Step) -> list[bytes]:
+        state = self._state
+        position = state.progress.cursor
+        kind, fields = self._control_fields(step)
+        return [framing.control_frame(state.stamp, kind, position, fields)]
+
+    def _control_fields(self, step: Step) -> tuple[FrameKind, dict[str, Any]]:
+        match step:
+            case SendMark(mark):
+                return FrameKind.MARK, {
+                    "number": mark.number,
+                    "kind": mark.kind,
+                    "sequence": mark.sequence,
+                    "wall_ns": mark.wall_ns,
+                    "offset_ns": self._state.clock.offset_ns,
+                    "monotonic_ns": mark.monotonic_ns,
+                    "order_stamp": mark.order_stamp,
+                    "streams": {self._state.config.host: mark.sequence},
+                    "tags": list(mark.tags),
+                    "interval_ms": round(self._state.config.interval * 1000),
+                }
+            case SendProof(mark):
+                return FrameKind.PROOF, {"number": mark.number, "wall_ns": time.time_ns()}
+            case SendDefinition():
+                return FrameKind.DEFINITION, self._state.definition.fields
+            case SendSyncBegin(sync):
+                disks = {str(number): size for number, size in sync.disks.items()}
+                return FrameKind.SYNC_BEGIN, {"sync": sync.id, "mode": sync.mode, "disks": disks}
+            case SendSyncProgress(place):
+                return FrameKind.SYNC_PROGRESS, {"sync": place.id, "disk": place.disk, "offset": place.offset}
+            case SendSyncEnd(sync):
+                return FrameKind.SYNC_END, {"sync": sync.id, "mode": sync.mode}
+        raise AssertionError(step)
+
+    async def _write(self) -> None:
+        while True:
+            frames = await (await self._steps.get())
+            for group in framing.messages_of(frames):
+                await self._connection.send_frames(group)
+            self._state.link.sent_bytes += sum(map(len, frames))
+
+    # hearing
+
+    async def _hear(self) -> None:
+        while messages := await self._connection.receive():
+            self._heard = time.monotonic()
+            for message in messages:
+                self._take(message)
+        raise ApplianceUnreachable("the receiver closed the connection")
+
+    def _take(self, message: wire.Message) -> None:
+        state = self._state
+        if isinstance(message, wire.Ack):
+            state.progress.acknowledged(message)
+            state.ring.release(min(state.progress.released, state.ring.published))
+            state.journal = message.journal
+            self._settled()
+        elif isinstance(message, wire.Pong):
+            if (sent := self._pings.pop(message.id, None)) is not None:
+                state.clock.sample(sent[0], time.monotonic_ns() - sent[1], message.wall_ns)
+        elif isinstance(message, wire.Refused):
+            raise _refusal(message)
+
+    def _settled(self) -> None:
+        self._state.settle()
+        self._state.wake.set()
+        self._state.moved.set()
+
+    async def _ping(self) -> None:
+        number = 0
+        while True:
+            await asyncio.sleep(PING_EVERY)
+            if time.monotonic() - self._heard > SILENCE_LIMIT:
+                raise ApplianceUnreachable(f"the receiver was silent for {SILENCE_LIMIT:.0f} s")
+            number += 1
+            self._pings[number] = (time.time_ns(), time.monotonic_ns())
+            self._pings.pop(number - 16, None)
+            wall, monotonic = self._pings[number]
+            await self._connection.send(wire.Ping(number, wall, monotonic))
+
+
+def _ready(frames: list[bytes]) -> _Frames:
+    future: _Frames = asyncio.get_running_loop().create_future()
+    future.set_result(frames)
+    return future
+
+
+def _refusal(message: wire.Refused) -> Refused:
+    return Refused(message.message, hint=message.hint, refusal=message.error)
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """What a person should read of several failures: the most telling, not the consequence."""
+    for kind in (Refused, ProtocolViolation, WrongPhase):
+        found, _ = group.split(kind)
+        if found is not None:
+            return _leaf(found)
+    return _leaf(group)
+
+
+def _leaf(exc: BaseException) -> BaseException:
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

@@ -1,0 +1,124 @@
+"""The sync job of a shipper: the pass that the supervisor ordered, then rounds over dropped blocks until none is left.
+
+The maps are cleared only after their blocks are durable at the other side, so a killed shipper loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from uuid import uuid4
+
+from drctl.errors import DrctlError, WrongPhase
+from drctl.replication.progress import Needs
+from drctl.replication.reader import Export, Extents, Reader
+from drctl.replication.shipper_state import ShipperState
+from drctl.replication.sync_progress import Sync
+
+#: How often the maps and the tap's answer are looked at.
+LOOK_EVERY = 0.05
+#: A round that found nothing because the tap still drops is not repeated faster than this.
+ROUND_PAUSE = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class SyncJob:
+    """One order of the supervisor. Modes: `initial`, `full`, `dirty`, and `clean` (the disks are known to be equal)."""
+
+    def __init__(self, state: ShipperState, reader: Reader) -> None:
+        self._state = state
+        self._reader = reader
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, mode: str, exports: dict[int, Export]) -> None:
+        """Begin in the background. Raises WrongPhase while one runs or the receiver's needs are not known."""
+        if self._task is not None and not self._task.done():
+            raise WrongPhase("a sync is running already", hint="see the shipper's status")
+        progress = self._state.progress
+        if progress.needs is Needs.UNKNOWN:
+            raise WrongPhase("the receiver was not reached yet, so it is not known what it needs")
+        sizes = self._state.ring.disks
+        if unknown := sorted(set(exports) - set(sizes)):
+            raise WrongPhase(f"the ring has no disks {unknown}")
+        if progress.needs is not Needs.NOTHING and mode != "clean" and set(exports) != set(sizes):
+            raise WrongPhase(f"the receiver needs all disks, {sorted(sizes)}, not {sorted(exports)} alone")
+        self._state.sync_job = "running"
+        self._state.sync_error = ""
+        self._task = asyncio.get_running_loop().create_task(self._run(mode, exports))
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self, mode: str, exports: dict[int, Export]) -> None:
+        state = self._state
+        try:
+            if mode != Needs.DIRTY:
+                await self._main(mode, exports)
+            await self._drop_rounds(exports)
+            state.sync_job = "done"
+        except asyncio.CancelledError:
+            state.progress.cancel_sync()
+            state.sync_job = "stopped"
+        except DrctlError as exc:
+            log.warning("sync: %s", exc)
+            state.progress.cancel_sync()
+            state.sync_job, state.sync_error = "failed", str(exc)
+        finally:
+            state.changed.set()
+            state.wake.set()
+
+    async def _main(self, mode: str, exports: dict[int, Export]) -> None:
+        needs = self._state.progress.needs
+        if mode == "clean":
+            await self._pass("full", {}, exports, None, 0)
+        elif needs is not Needs.NOTHING or mode == Needs.FULL:
+            # An initial sync can only be what the receiver asked for; else it is a full pass through the journal.
+            real = "initial" if needs is Needs.INITIAL else "full"
+            sizes = {number: size for number, size in self._state.ring.disks.items() if number in exports}
+            await self._pass(real, sizes, exports, None, sum(sizes.values()))
+
+    async def _pass(
+        self, mode: str, sizes: dict[int, int], exports: dict[int, Export], extents: Extents | None, total: int
+    ) -> None:
+        sync = self._state.progress.start_sync(Sync(uuid4().hex, mode, sizes, total))
+        self._state.wake.set()
+        self._state.changed.set()
+        await self._reader.run(sync, exports, extents)
+
+    # dropped blocks
+
+    async def _drop_rounds(self, exports: dict[int, Export]) -> None:
+        """Until both maps are empty and nothing is dropped any more."""
+        state = self._state
+        while True:
+            await self._tap_answered()
+            await self._read_inactive(exports)
+            state.progress.look(state.ring.look())
+            if not state.progress.dirty_outstanding:
+                return
+            dropped = state.ring.look().dropped
+            state.ring.request_drain()
+            await self._tap_answered()
+            await self._read_inactive(exports)
+            state.progress.drained(dropped)
+            state.progress.look(state.ring.look())
+            if state.progress.dirty_outstanding:
+                await asyncio.sleep(ROUND_PAUSE)
+
+    async def _tap_answered(self) -> None:
+        while self._state.ring.drain_pending:  # noqa: ASYNC110 - another process answers, by a word in memory
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def _read_inactive(self, exports: dict[int, Export]) -> None:
+        """Read what the maps that are ours note, make it durable, clear them."""
+        ring = self._state.ring
+        sizes = {disk: size for disk, size in ring.disks.items() if any(True for _ in ring.dirty_extents(disk))}
+        if not sizes:
+            return
+        if missing := sorted(set(sizes) - set(exports)):
+            raise WrongPhase(f"disks {missing} have dropped blocks but no export to read them from")
+        total = sum(extent.length for disk in sizes for extent in ring.dirty_extents(disk))
+        await self._pass("dirty", sizes, exports, ring.dirty_extents, total)
+        ring.clear_inactive()
