@@ -14,6 +14,9 @@ from pathlib import Path
 
 from drctl.errors import StepFailed
 
+CALM_SECONDS = 10.0
+CALM_STARTS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Child:
@@ -44,6 +47,7 @@ class Processes:
         self._directory = directory
         self._logs = logs
         self._started: dict[int, subprocess.Popen[bytes]] = {}
+        self._starts: dict[str, list[float]] = {}
 
     def find(self, name: str) -> Child | None:
         """The live child of that name, started by us or by a supervisor before us."""
@@ -83,6 +87,7 @@ class Processes:
         return child
 
     def _start(self, name: str, command: Sequence[str]) -> Child:
+        self._demand_calm(name)
         with (self._logs / f"{name}.log").open("ab") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
@@ -96,6 +101,14 @@ class Processes:
         temporary.write_text(json.dumps({"pid": child.pid, "start_time": started, "command": command}))
         temporary.replace(self._file(name))
         return child
+
+    def _demand_calm(self, name: str) -> None:
+        """A child that ends as soon as it is started must not eat the host: 5 starts in 10 s are enough."""
+        now = time.monotonic()
+        recent = [moment for moment in self._starts.get(name, ()) if now - moment < CALM_SECONDS]
+        if len(recent) >= CALM_STARTS:
+            raise StepFailed(f"{name} keeps ending", hint=f"see {self._logs / f'{name}.log'}")
+        self._starts[name] = [*recent, now]
 
     def end(self, name: str, timeout_seconds: float = 5.0, *, force: bool = False) -> None:
         """SIGTERM, then SIGKILL after the timeout. No error when it is not there."""

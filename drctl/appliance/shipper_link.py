@@ -118,7 +118,7 @@ class ShipperLink:
         self.take(self.call("status"))
 
     def start_sync(self, mode: str, exports: dict[int, Export]) -> None:
-        disks = [{"number": number, "socket": e.socket, "export": e.export} for number, e in exports.items()]
+        disks = {str(number): {"socket": e.socket, "export": e.export} for number, e in exports.items()}
         self.call("sync.start", {"mode": mode, "disks": disks})
         self.refresh()
 
@@ -129,4 +129,4 @@ class ShipperLink:
 
     def cancel_sync(self) -> None:
         with suppress(DrctlError):
-            self.call("sync.stop")
+            self.call("sync.cancel")

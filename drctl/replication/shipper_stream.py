@@ -114,10 +114,12 @@ class StreamSender:
     async def _produce(self) -> None:
         state = self._state
         while True:
-            state.progress.look(state.ring.look())
+            view = state.ring.look()
+            state.progress.look(view)
             step = state.progress.next_step()
             if step is None:
-                await state.ring.wait(state.progress.cursor)
+                # Not for the cursor: while a read holds it, records beyond it are no reason to look again.
+                await state.ring.wait(view.published)
                 continue
             await self._steps.put(self._frames_of(step))
             if isinstance(step, SendRecords) and state.progress.cursor - step.after < _GATHER_BELOW:
