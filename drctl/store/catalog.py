@@ -163,6 +163,11 @@ class Catalog:
             raise NotFound("checkpoint", f"#{number}", hint="see: drctl checkpoint list")
         return _mark(rows[0])
 
+    def newest_number(self, epoch: str = "") -> int:
+        """The largest number of any durable MARK, proven or not, of `epoch` or of all; 0 for none."""
+        query = "SELECT max(number) FROM controls WHERE kind = ? AND (? = '' OR epoch = ?)"
+        return int(self._db.execute(query, (int(FrameKind.MARK), epoch, epoch)).fetchone()[0] or 0)
+
     def newest_definition(self, before: tuple[int, int] | None = None) -> Place | None:
         """Where the newest DEFINITION lies, optionally before (log, offset)."""
         row = self._db.execute(
