@@ -30,5 +30,8 @@ demo: setup ## the main job on two real libvirt sites, from nothing to a failove
 bench: setup ## benchmarks against the named peers; results under benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
+man: setup ## manual pages, made from the commands
+	$(BIN)/python -m drctl.cli.manual man
+
 clean: ## remove what make made here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

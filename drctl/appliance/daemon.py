@@ -17,6 +17,7 @@ from drctl.appliance import config as configuration
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.group_state import spec_from
+from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
 from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
@@ -47,7 +48,7 @@ class Appliance:
         self._source = SourceService(home, self._host, self._processes)
         self._stores = StoreService(home.store, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
-        self._control = ControlServer(home.control, self._handlers())
+        self._control = ControlServer(home.control, History(home.path / "history.jsonl").watch(self._handlers()))
 
     def serve(self) -> None:
         self._supervise_children()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 from drctl.appliance.config import Home
@@ -92,7 +93,7 @@ class SourceService:
 
     def summary(self, name: str) -> dict[str, Any]:
         state = self._protection({"group": name}).state
-        return {"phase": state.phase.value, "generation": state.generation}
+        return {"phase": state.phase.value, "generation": state.generation, "spec": asdict(state.spec)}
 
     # -- replicate --------------------------------------------------------------------------------------------------
 

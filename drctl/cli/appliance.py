@@ -13,7 +13,7 @@ app = noun("The replication service of a host.")
 
 
 @app.command(epilog=examples("drctl appliance run --home /var/lib/drctl"))
-def run(ctx: typer.Context) -> None:
+def run(ctx: typer.Context) -> int:
     """Run the appliance of this host in the foreground; systemd does that.
 
     --home names its directory (default: $DRCTL_HOME, /var/lib/drctl), which holds its appliance.toml."""
@@ -21,7 +21,7 @@ def run(ctx: typer.Context) -> None:
 
     context = ctx.obj
     assert isinstance(context, Context)
-    main(context.settings.home_directory)
+    return main(context.settings.home_directory)
 
 
 @app.command("list", epilog=examples("drctl appliance list", "drctl appliance list --output json"))

@@ -33,7 +33,7 @@ class Change:
     new: bool
 
     def lines(self) -> list[str]:
-        verb = "create" if self.new else "change"
+        verb = "create" if self.new else "change" if self.differences else "tell"
         head = f"{verb} group {self.group} at {self.host.site}/{self.host.name} ({self.role})"
         if self.new:
             return [f"{head}: {render.word(self.spec['machines'])}"]
@@ -69,17 +69,19 @@ def differences(context: Context, specs: Mapping[str, GroupSpec], inventory: Inv
     """What has to be told to whom; the recovery side comes first, so that it can receive.
 
     Raises ApplianceUnreachable when an appliance that is concerned did not answer."""
-    changes: list[Change] = []
     silent = {answer.host.name: answer for answer in inventory.silent}
+    changes: list[Change] = []
     for spec in specs.values():
+        sides = []
         for role, name in (("recovery", spec.recovery_host), ("source", spec.source_host)):
             if name in silent:
                 raise ApplianceUnreachable(
                     f"{spec.name} can't be applied: {silent[name].error}", hint="see: drctl doctor", host=name
                 )
-            change = _change(spec, role, context.config.host(name), _at(inventory, spec.name, name))
-            if change.new or change.differences:
-                changes.append(change)
+            sides.append(_change(spec, role, context.config.host(name), _at(inventory, spec.name, name)))
+        # Both sides are told together: a recovery side learns most of the group from the stream, not from us.
+        if any(change.new or change.differences for change in sides):
+            changes += sides
     return changes
 
 
@@ -96,7 +98,8 @@ def _at(inventory: Inventory, group: str, host: str) -> Place | None:
 
 def _change(spec: GroupSpec, role: str, host: Host, place: Place | None) -> Change:
     wanted = spec_json(spec)
-    return Change(spec.name, role, host, wanted, spec_changes(place.spec if place else None, wanted), place is None)
+    known = place.spec if place else {}
+    return Change(spec.name, role, host, wanted, spec_changes(known, wanted) if known else [], place is None)
 
 
 def _name_strangers(context: Context, specs: Mapping[str, GroupSpec], inventory: Inventory) -> None:
@@ -110,6 +113,6 @@ def _as_json(change: Change) -> dict[str, Any]:
         "group": change.group,
         "role": change.role,
         "host": change.host.name,
-        "action": "create" if change.new else "change",
+        "action": "create" if change.new else "change" if change.differences else "tell",
         "differences": [{"key": key, "old": old, "new": new} for key, old, new in change.differences],
     }

@@ -28,13 +28,14 @@ def list_(
     group: GroupName,
     output: Output = Format.TEXT,
     last: Annotated[
-        int, typer.Option("--last", min=-1, help="How many of the newest; 0: all. Text shows 30, JSON all.")
-    ] = -1,
+        int | None,
+        typer.Option("--last", metavar="N", min=0, help="How many of the newest; 0: all. Text shows 30, JSON all."),
+    ] = None,
 ) -> None:
     """List what the recovery site can restore, oldest first."""
     context = begin(ctx, output)
     checkpoints = points.fetch(context, side(context, group, "recovery"), group)
-    wanted = last if last >= 0 else (0 if context.screen.as_json else LAST)
+    wanted = (0 if context.screen.as_json else LAST) if last is None else last
     shown = checkpoints[-wanted:]
     now = context.clock.time()
     if context.screen.as_json:
@@ -147,9 +148,11 @@ def verify(
     host = side(context, group, "recovery")
     found = points.choose(context, points.fetch(context, host, group), checkpoint)
     with context.screen.bar(f"verify #{found.number}") as update:
-        result = context.client(host).call(
+        result = context.call(
+            host,
             "checkpoint.verify",
-            {"group": group, "checkpoint": f"#{found.number}"},
+            group=group,
+            checkpoint=f"#{found.number}",
             on_progress=lambda step: update(step.get("done_bytes") or 0, step.get("total_bytes"), ""),
             timeout=VERIFY_TIMEOUT,
         )

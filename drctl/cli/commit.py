@@ -36,5 +36,5 @@ def commit(
             text = " ".join(render.word(step[key]) for key in ("step", "machine") if step.get(key))
             update(step.get("done_bytes") or 0, step.get("total_bytes"), text)
 
-        result = context.client(host).call("commit", {"group": group}, on_progress=draw, timeout=COMMIT_TIMEOUT)
+        result = context.call(host, "commit", group=group, on_progress=draw, timeout=COMMIT_TIMEOUT)
     return recovery.show(context, "commit", result)

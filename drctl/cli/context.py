@@ -75,6 +75,12 @@ class Settings:
         raise nothing_found(candidates, HOME)
 
     @property
+    def operator(self) -> str:
+        """Who gives the command, also behind sudo."""
+        names = (self.environment.get(name) for name in ("SUDO_USER", "USER", "LOGNAME"))
+        return next((name for name in names if name), f"uid {os.getuid()}")
+
+    @property
     def home_directory(self) -> Path:
         """The local appliance's home, whether it exists or not."""
         return self.home or Path(self.environment.get("DRCTL_HOME") or HOME)
@@ -116,9 +122,19 @@ class Context:
             self._clients[host.name] = Client(host.control)
         return self._clients[host.name]
 
-    def call(self, host: Host, method: str, *, timeout: float | None = None, **params: Any) -> Any:
-        """One method of the host's appliance. Raises DrctlError."""
-        return self.client(host).call(method, params, timeout=timeout)
+    def call(
+        self,
+        host: Host,
+        method: str,
+        *,
+        timeout: float | None = None,
+        on_progress: Progress | None = None,
+        **params: Any,
+    ) -> Any:
+        """One method of the host's appliance. Raises DrctlError. `by` says for the history who gave the command."""
+        return self.client(host).call(
+            method, {**params, "by": self.settings.operator}, on_progress=on_progress, timeout=timeout
+        )
 
     def header(self) -> None:
         """Say on stderr which configuration and sites this command read."""

@@ -69,8 +69,9 @@ def examine_host(host: str, facts: Mapping[str, Any], version: str, now: float, 
         )
     if wall_ns := facts.get("wall_ns"):
         found += _clock(host, abs(wall_ns / 1e9 - now) - patience)
+    told = {row["subject"] for row in facts.get("findings") or []}
     for name, place in (facts.get("space") or {}).items():
-        found += _space(host, name, place)
+        found += _space(host, name, place) if place.get("path") not in told else []
     return found
 
 

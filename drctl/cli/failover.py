@@ -66,14 +66,13 @@ def failover(
         return _forecast(plan, group)
     _check(plan, group, source_is_down)
     confirm_name(context.screen, group, typed=confirm)
-    result = context.client(host).call(
+    result = context.call(
+        host,
         "failover.run",
-        {
-            "group": group,
-            "checkpoint": points.settle(checkpoint, found),
-            "source_is_down": source_is_down,
-            "confirmed": group,
-        },
+        group=group,
+        checkpoint=points.settle(checkpoint, found),
+        source_is_down=source_is_down,
+        confirmed=group,
         on_progress=recovery.narrator(context),
         timeout=recovery.RUN_TIMEOUT,
     )

@@ -12,10 +12,11 @@ from drctl.cli import render
 from drctl.cli.apply import differences, send
 from drctl.cli.config import Config
 from drctl.cli.confirm import confirm_name, propose
+from drctl.cli.context import Context
 from drctl.cli.group_file import decode_group, group_path, read_groups, render_group, spec_json
-from drctl.cli.inventory import Inventory, take_inventory
+from drctl.cli.inventory import Inventory, Place, take_inventory
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
-from drctl.errors import AlreadyExists, ApplianceUnreachable, NotFound
+from drctl.errors import AlreadyExists, ApplianceUnreachable, NotFound, WrongPhase
 from drctl.model.group import GroupSpec
 
 app = noun("Protection groups.")
@@ -123,10 +124,11 @@ def create(
 @app.command(epilog=examples("drctl group delete web", "drctl group delete web --confirm web --yes"))
 def delete(
     ctx: typer.Context, group: GroupName, dry_run: DryRun = False, confirm: Confirm = "", yes: Yes = False
-) -> None:
+) -> int:
     """Delete a group: its file, and what both sites know of it. Its replica and checkpoints go with it.
 
-    The group's name has to be typed, or given by --confirm. A group that is replicated has to be stopped first."""
+    The group's name has to be typed, or given by --confirm. A group that is replicated has to be stopped first.
+    Exits with 3 when the recovery site keeps its history."""
     context = begin(ctx)
     inventory = take_inventory(context)
     path = group_path(context.config, group) if context.config.directory else None
@@ -143,11 +145,24 @@ def delete(
     steps += [f"delete {path}"] if path and path.exists() else []
     if propose(context.screen, steps, dry_run=dry_run, yes=yes):
         confirm_name(context.screen, group, typed=confirm)
-        for place in ordered:
-            context.call(place.host, "group.remove", group=group)
+        kept = [place for place in ordered if not _remove(context, place)]
         if path:
             path.unlink(missing_ok=True)
-        context.screen.line(f"{group} is gone")
+        context.screen.line(f"{group} is gone" + (" but for its history" if kept else ""))
+        return 3 if kept else 0
+    return 0
+
+
+def _remove(context: Context, place: Place) -> bool:
+    """Remove a group at one place; False when the recovery side keeps its history. Raises DrctlError."""
+    try:
+        context.call(place.host, "group.remove", group=place.group)
+    except WrongPhase as exc:
+        if place.role == "source":
+            raise
+        context.screen.say(f"{exc.message}" + (f": {exc.hint}" if exc.hint else ""))
+        return False
+    return True
 
 
 def _specs(config: Config) -> dict[str, GroupSpec]:

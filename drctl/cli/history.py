@@ -17,7 +17,7 @@ app = noun("Show what was changed, when and by whom.")
 def history(
     ctx: typer.Context,
     group: MaybeGroup = "",
-    last: Annotated[int, typer.Option("--last", min=1, help="How many of the newest entries.")] = 50,
+    last: Annotated[int, typer.Option("--last", metavar="N", min=1, help="How many of the newest entries.")] = 50,
     output: Output = Format.TEXT,
 ) -> int:
     """Show the changing commands that the appliances of both sites have carried out, oldest first.

@@ -17,7 +17,7 @@ from drctl.errors import AlreadyExists
 app = noun("Write a configuration to start from.")
 
 _HEAD = """\
-# drctl: sites, hosts, and the defaults of protection groups. All keys: man drctl.toml (docs/configuration.md).
+# drctl: sites, hosts, and the defaults of protection groups. All keys: docs/configuration.md.
 # Groups are in groups/NAME.toml; keep both under version control.
 """
 _SITE = """

@@ -23,7 +23,7 @@ Directory = Annotated[
 def up(
     ctx: typer.Context,
     directory: Directory = None,
-    guests: Annotated[int, typer.Option(min=1, max=16, help="Machines at the first site.")] = 2,
+    guests: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="Machines at the first site.")] = 2,
     dry_run: DryRun = False,
     yes: Yes = False,
     output: Output = Format.TEXT,

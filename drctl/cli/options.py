@@ -66,7 +66,13 @@ def complete_group(ctx: typer.Context, incomplete: str) -> list[str]:
 
 Output = Annotated[
     Format,
-    typer.Option("--output", "-o", help="How to print the result; json is stable and documented.", show_default=True),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="text|json",
+        help="How to print the result; json is stable and documented.",
+        show_default=True,
+    ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, change nothing.")]

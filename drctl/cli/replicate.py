@@ -14,7 +14,7 @@ from drctl.cli.inventory import side
 from drctl.cli.options import DryRun, GroupName, Timeout, Yes, begin, examples, noun, seconds
 from drctl.cli.protection import describe
 from drctl.cli.status import look
-from drctl.errors import StepFailed
+from drctl.errors import DrctlError, StepFailed
 
 app = noun("Start, pause, resume and stop the replication of a group.")
 
@@ -97,8 +97,10 @@ def stop(
     ] = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
-    """End the replication of a group; replica and checkpoints are kept for a while, 7 days by default."""
+) -> int:
+    """End the replication of a group; replica and checkpoints are kept for a while, 7 days by default.
+
+    Exits with 3 when the recovery site could not be told: it keeps them then."""
     context = begin(ctx)
     source, recovery = side(context, group, "source"), side(context, group, "recovery")
     kept = KEEP_REPLICA if keep_replica is None else keep_replica
@@ -106,13 +108,16 @@ def stop(
         f"detach from all disks of {group} at {source.site}/{source.name}",
         f"delete its replica and checkpoints at {recovery.site}/{recovery.name} after {render.duration(kept)}",
     ]
-    if propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Stop replication of {group}?"):
-        result = context.call(source, "replicate.stop", group=group, timeout=CALL_TIMEOUT)
-        kept_until = context.call(
-            recovery, "replicate.stop", group=group, keep_replica_seconds=kept, timeout=CALL_TIMEOUT
-        )
-        _tell(context, group, result)
-        context.screen.line(f"replica kept until {render.moment((kept_until or {}).get('kept_until'))}")
+    if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Stop replication of {group}?"):
+        return 0
+    _tell(context, group, context.call(source, "replicate.stop", group=group, timeout=CALL_TIMEOUT))
+    try:
+        result = context.call(recovery, "replicate.stop", group=group, keep_replica_seconds=kept, timeout=CALL_TIMEOUT)
+    except DrctlError as exc:
+        context.screen.say(f"the replica at {recovery.site}/{recovery.name} is kept without a limit: {exc.message}")
+        return 3
+    context.screen.line(f"replica kept until {render.moment((result or {}).get('kept_until'))}")
+    return 0
 
 
 def _finish(context: Context, group: str, wait: bool | None, timeout: float | None) -> int:

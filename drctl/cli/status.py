@@ -133,7 +133,7 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         ("history", f"{render.duration(history.get('seconds'))} of {render.duration(history.get('target_seconds'))}"),
         ("journal", f"{render.size(journal.get('bytes'))} of {render.size(journal.get('limit'))}"),
         ("backlog", render.size(picture["backlog_bytes"])),
-        ("link", render.word(link.get("state"))),
+        ("link", _link(link)),
     ]
 
 
@@ -169,6 +169,12 @@ def _state(picture: dict[str, Any]) -> str:
 
 def _place(place: dict[str, str] | None) -> str:
     return f"{place['site']}/{place['host']}" if place else render.UNKNOWN
+
+
+def _link(link: dict[str, Any]) -> str:
+    error = link.get("error")
+    reason = error.get("message") if isinstance(error, dict) else error
+    return render.word(link.get("state")) + (f": {reason}" if reason else "")
 
 
 def _point(point: dict[str, Any]) -> str:

@@ -38,9 +38,12 @@ def start(
     steps = [f"boot {who} of {group} at {host.site}/{host.name} in isolation, as of #{found.number}"]
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question="Start the test?"):
         return 0
-    result = context.client(host).call(
+    result = context.call(
+        host,
         "test.start",
-        {"group": group, "checkpoint": points.settle(checkpoint, found), "machines": machine or []},
+        group=group,
+        checkpoint=points.settle(checkpoint, found),
+        machines=machine or [],
         on_progress=recovery.narrator(context),
         timeout=recovery.RUN_TIMEOUT,
     )
