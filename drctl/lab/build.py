@@ -85,6 +85,7 @@ def _start_daemons(places: Layout, state: State, progress: Progress) -> None:
     daemons = []
     for place in places.sites:
         site.prepare(place)
+        site.seed_capabilities(place, user.cache())
         daemons.append(_ensure(places, state, f"{place.name}/libvirtd", partial(site.start_libvirtd, place), progress))
     argv = [sys.executable, "-m", "drctl.lab.recorder", str(places.directory)]
     log = places.directory / "recorder.log"
@@ -116,6 +117,7 @@ def _make_guests(places: Layout, state: State, progress: Progress) -> None:
             known.name, known.uuid, state.options.memory_mib, state.accelerator, files, str(places.serial(known.name))
         )
         site.define(home, domain_xml(definition), known.name)
+    site.keep_capabilities(home, user.cache())
 
 
 def _superblock(state: State, known: Guest, kit: Kit) -> Superblock:

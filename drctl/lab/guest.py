@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ _SOURCES = (
     "guest_files/agent.sh",
     "guest_files/shutdown.sh",
 )
+
+#: A kit of another version may still be in use by a lab that is just being made; not after an hour.
+_STALE_SECONDS = 3600
 
 
 class Kit(msgspec.Struct, frozen=True):
@@ -59,8 +63,9 @@ def prepare(cache: Path, agent: bool, progress: Progress) -> Kit:
 
 def _build(cache: Path, directory: Path, kernel: Path, agent: Path | None, progress: Progress) -> Kit:
     progress("building the guest: witness, initramfs, boot disk")
-    for stale in cache.glob("kit-*"):
-        shutil.rmtree(stale)
+    for old in cache.glob("kit-*"):
+        if old == directory or old.stat().st_mtime < time.time() - _STALE_SECONDS:
+            shutil.rmtree(old)
     directory.mkdir()
     vmlinuz = next(iter(sorted(kernel.glob("boot/vmlinuz-*"))))
     initramfs.build_witness(directory / "witness")

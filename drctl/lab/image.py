@@ -16,7 +16,7 @@ from drctl.model.extent import KiB, MiB
 _ARGUMENTS = (
     "console=ttyS0 quiet loglevel=3 panic=1 nokaslr mitigations=off no_timer_check tsc=reliable "
     "random.trust_cpu=on rcupdate.rcu_expedited=1 8250.nr_uarts=1 audit=0 selinux=0 apparmor=0 "
-    "cryptomgr.notests net.ifnames=0"
+    "cryptomgr.notests initcall_blacklist=init_kprobe_trace,crypto_kdf108_init"
 )
 _SYSLINUX = f"DEFAULT lab\nPROMPT 0\nLABEL lab\n KERNEL vmlinuz\n INITRD initrd\n APPEND {_ARGUMENTS}\n"
 _MBR = (Path("/usr/lib/syslinux/mbr/mbr.bin"), Path("/usr/lib/SYSLINUX/mbr.bin"))

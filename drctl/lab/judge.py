@@ -23,11 +23,12 @@ from drctl.lab.record import (
     unpack_record,
     unpack_superblock,
 )
-from drctl.model.extent import BLOCK, MiB
+from drctl.model.extent import BLOCK, SECTOR, MiB
 
 _TARGETS = ("vda", "vdb")
 #: More contradictions than this per guest say nothing new.
 _MAX_REASONS = 20
+_EMPTY = bytes(BLOCK)
 
 
 class Readable(Protocol):
@@ -185,12 +186,12 @@ def _sum_payload(disk: Readable, superblock: Superblock) -> int:
     return payload_sum(b"".join(bytes(disk.read(superblock.payload_offset + at, MiB)) for at in parts))
 
 
-def _slots(pair: Sequence[Readable], superblock: Superblock, chain: int) -> Iterator[tuple[int, int, memoryview]]:
+def _slots(pair: Sequence[Readable], superblock: Superblock, chain: int) -> Iterator[tuple[int, int, bytes]]:
     """Each slot of a chain as (disk, offset, block)."""
     for disk in (0, 1):
         first = slot_of(superblock, chain, disk)[1]
         length = superblock.slots * BLOCK
-        data = memoryview(pair[disk].read(first, length))
+        data = bytes(pair[disk].read(first, length))
         for at in range(0, length, BLOCK):
             yield disk, first + at, data[at : at + BLOCK]
 
@@ -204,12 +205,12 @@ def _judge_chain(verdict: GuestVerdict, pair: Sequence[Readable], superblock: Su
     following = slot_of(superblock, index, chain.newest + 1)
     for (disk, offset, block), record in zip(slots, found, strict=True):
         expected = _expected(superblock, disk, (offset - slots[disk * superblock.slots][1]) // BLOCK, chain.newest)
-        if (record.number if record else 0) == expected and (record or not any(block)):
+        if (record.number if record else 0) == expected and (record or block == _EMPTY):
             continue
-        if record is None and (disk, offset) == following and (bytes(block[:8]) == b"DRWITREC" or not expected):
+        if record is None and (disk, offset) == following and _torn(block, first_turn=not expected):
             verdict.notes.append(f"chain {index} record {chain.newest + 1} is torn, as the next one may be")
             continue
-        held = f"record {record.number}" if record else ("nothing" if not any(block) else "no whole record")
+        held = f"record {record.number}" if record else ("nothing" if block == _EMPTY else "no whole record")
         problem = f"missing: the slot holds {held}" if expected else f"the slot must be empty and holds {held}"
         _blame(verdict, Reason(verdict.guest, _TARGETS[disk], problem, index, expected, offset))
     _judge_links(verdict, superblock, chain)
@@ -218,12 +219,18 @@ def _judge_chain(verdict: GuestVerdict, pair: Sequence[Readable], superblock: Su
     return chain
 
 
-def _own_record(block: memoryview, superblock: Superblock, chain: int, place: tuple[int, int]) -> Record | None:
+def _own_record(block: bytes, superblock: Superblock, chain: int, place: tuple[int, int]) -> Record | None:
     """The record in a slot if it is one of this guest, this chain and this slot."""
     record = unpack_record(block)
     if record is None or (record.lab, record.guest, record.chain) != (superblock.lab, superblock.guest, chain):
         return None
     return record if record.number and slot_of(superblock, chain, record.number) == place else None
+
+
+def _torn(block: bytes, *, first_turn: bool) -> bool:
+    """Whether a block can be what an unfinished write left: its first sector is the old or the new record's, and both
+    begin with the magic, unless the old one was empty."""
+    return block.startswith(b"DRWITREC") or (first_turn and not any(block[:SECTOR]))
 
 
 def _expected(superblock: Superblock, disk: int, slot: int, newest: int) -> int:

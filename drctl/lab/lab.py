@@ -44,10 +44,11 @@ def down(directory: Path = DEFAULT_DIRECTORY, progress: Progress = _silent, *, p
     Raises StepFailed when something survives."""
     if user.is_root():
         if layout.state_path(directory).exists():
-            entry = user.ensure()
-            worker.call("down", directory, Options(), entry, progress)
-        if directory.exists():  # the user could empty it, not unlink it from its parent
-            remove(directory)
+            worker.call("down", directory, Options(), user.ensure(), progress)
+            if directory.exists():  # the user could empty it, not unlink it from its parent
+                remove(directory)
+        elif directory.is_dir() and not any(directory.iterdir()):  # an `up` that broke off before its first file
+            directory.rmdir()
         if purge:
             user.remove()
         return

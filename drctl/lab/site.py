@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from drctl.errors import SetupFailed, StepFailed
@@ -65,6 +69,23 @@ def start_libvirtd(site: Site) -> Process:
     return process.spawn(f"{site.name}/libvirtd", argv, environment(site), site.logs / "libvirtd.out")
 
 
+def seed_capabilities(site: Site, cache: Path) -> None:
+    """Gives the site what another lab's libvirtd found out about QEMU: finding it out costs the first use two seconds.
+    libvirt itself throws it away when QEMU or libvirt have changed."""
+    if (cache / "capabilities").is_dir():
+        shutil.copytree(cache / "capabilities", _capabilities(site), dirs_exist_ok=True)
+
+
+def keep_capabilities(site: Site, cache: Path) -> None:
+    """Keeps what the site's libvirtd found out about QEMU, for the next lab."""
+    if _capabilities(site).is_dir():
+        shutil.copytree(_capabilities(site), cache / "capabilities", dirs_exist_ok=True)
+
+
+def _capabilities(site: Site) -> Path:
+    return site.root / "libvirt" / "cache" / "libvirt" / "qemu" / "capabilities"
+
+
 def await_libvirtd(site: Site, daemon: Process) -> None:
     """Returns when libvirtd takes connections. Raises SetupFailed with the end of its log."""
     deadline = time.monotonic() + _START_SECONDS
@@ -106,16 +127,17 @@ def domain_states(site: Site) -> dict[str, str]:
 
 
 def destroy_all(site: Site) -> None:
-    """Pulls the plug of every domain; what libvirtd can't do is done by `stray_machines`."""
-    try:
-        running = domains(site)
-    except StepFailed:
+    """Pulls the plug of every domain; what libvirtd can't do is left to `stray_machines`."""
+    if not site.socket.exists():
         return
-    for name in running:
-        try:
-            virsh(site, "destroy", name, timeout=20)
-        except StepFailed:
-            continue
+    with contextlib.suppress(StepFailed), ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(partial(_destroy, site), domains(site)):
+            pass
+
+
+def _destroy(site: Site, name: str) -> None:
+    with contextlib.suppress(StepFailed):
+        virsh(site, "destroy", name, timeout=20)
 
 
 def stray_machines(site: Site) -> list[Process]:

@@ -47,13 +47,13 @@ def call(
                 progress(answer["progress"])
             elif "error" in answer:
                 child.wait()
-                raise _error(answer["error"])
+                raise error_from(answer["error"])
             else:
                 return dict(answer["result"])
     raise StepFailed(f"lab {verb} as {entry.pw_name} ended without an answer ({child.returncode})")
 
 
-def _error(fields: dict[str, Any]) -> DrctlError:
+def error_from(fields: dict[str, Any]) -> DrctlError:
     """The error as it was raised there: the class by its slug, message and hint as they were."""
     known = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DrctlError)]
     kind = next((kind for kind in known if kind.slug == fields["error"]), StepFailed)
