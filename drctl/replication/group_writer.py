@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from drctl.errors import DrctlError, NotFound, Refused
 from drctl.store.group_info import GroupInfo, StoreMode, read_info
-from drctl.store.group_store import Durable, GroupStore
+from drctl.store.group_store import Durable, GroupStore, StreamPosition
 from drctl.wire import frame
-from drctl.wire.link import JournalSpace, Position, SyncPlace, Welcome
+from drctl.wire.frame import FrameHeader, FrameKind
+from drctl.wire.link import Ack, JournalSpace, Position, SyncPlace, Welcome
 
 #: The oldest checkpoint is looked up this often; every acknowledgement carries what was found.
 OLDEST_EVERY = 10.0
@@ -43,6 +46,8 @@ class GroupWriter:
         self._store: GroupStore | None = None
         self._token: StreamToken | None = None
         self._oldest = (0.0, 0)
+        #: The newest sync whose SYNC_END this process has made durable; the store forgets a sync that is done.
+        self._ended: SyncPlace | None = None
         #: Released to somebody else (failover, removal): no stream is taken.
         self.released = False
 
@@ -64,35 +69,47 @@ class GroupWriter:
         place = store.begin_stream(token.host, token.generation, token.epoch)
         marks = store.with_catalog(lambda catalog: catalog.newest_number(token.epoch))
         numbers = store.with_catalog(lambda catalog: catalog.newest_number())
-        sync = None if place.sync is None else SyncPlace(place.sync.sync, place.sync.disk, place.sync.offset)
         return Welcome(
             position=Position(place.epoch, place.sequence),
             software=self._software,
             last_mark=marks,
             last_number=numbers,
             proven_mark=place.last_mark,
-            sync=sync,
+            sync=self._sync(place),
             definition_version=place.definition_version,
-            needs=_needs(place.needs, marks, sync),
+            needs=_needs(place, marks),
             wall_ns=time.time_ns(),
         )
 
-    async def write(self, token: StreamToken, messages: list[bytes]) -> tuple[Durable, JournalSpace]:
+    async def write(self, token: StreamToken, messages: list[bytes]) -> Ack:
         """Append the frames in all messages and make them durable. Raises what the store raises, IntegrityError for a
         damaged frame, Refused when another connection has taken the stream over."""
         return await self._run(lambda: self._write(token, messages))
 
-    def _write(self, token: StreamToken, messages: list[bytes]) -> tuple[Durable, JournalSpace]:
+    def _write(self, token: StreamToken, messages: list[bytes]) -> Ack:
         if self._token is not token or self._store is None:
             raise Refused("another connection has taken this stream over")
         try:
             frames = [each for message in messages for each in frame.split(memoryview(message), "link")]
             self._store.append(frames)
-            return self._store.sync(), self._space(self._store)
+            durable = self._store.sync()
+            self._note_end(frames)
+            return Ack(durable.epoch, durable.sequence, durable.mark, self._sync(durable), self._space(self._store))
         except (DrctlError, OSError):
             # What the store holds in memory may not be what is on the disk: the next HELLO opens it anew.
             self._close()
             raise
+
+    def _note_end(self, frames: list[tuple[FrameHeader, memoryview]]) -> None:
+        for header, whole in frames:
+            if header.kind is FrameKind.SYNC_END:
+                fields = msgspec.json.decode(frame.payload_of(header, whole[frame.HEADER_SIZE :], "SYNC_END"))
+                self._ended = SyncPlace(str(fields["sync"]), done=True)
+
+    def _sync(self, durable: Durable | StreamPosition) -> SyncPlace | None:
+        """The sync that is under way, or the newest that ended."""
+        place = durable.sync
+        return self._ended if place is None else SyncPlace(place.sync, place.disk, place.offset)
 
     def _space(self, store: GroupStore) -> JournalSpace:
         now = time.monotonic()
@@ -139,11 +156,11 @@ def refuse_superseded(info: GroupInfo, token: StreamToken) -> None:
         )
 
 
-def _needs(needs: str, marks: int, sync: SyncPlace | None) -> str:
+def _needs(place: StreamPosition, marks: int) -> str:
     """An epoch without a mark, or with a sync that was begun and not ended, can't be trusted to be whole."""
-    if needs == "nothing" and (marks == 0 or sync is not None):
+    if place.needs == "nothing" and (marks == 0 or place.sync is not None):
         return "full"
-    return needs
+    return place.needs
 
 
 def open_writer(store: Path, group: str, software: str) -> GroupWriter:

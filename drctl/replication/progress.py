@@ -158,9 +158,10 @@ class Progress:
         needs = Needs(welcome.needs)
         if needs is not Needs.FULL or self.lost_at_receiver or self.needs is not Needs.NOTHING:
             return needs
-        sync = self.sync
-        ours = sync is not None and sync.mode == Needs.DIRTY and welcome.sync is not None and welcome.sync.id == sync.id
-        return Needs.NOTHING if welcome.sync is None or ours else needs
+        if welcome.sync is None or welcome.sync.done:
+            return Needs.NOTHING
+        ours = self.sync is not None and self.sync.mode == Needs.DIRTY and self.sync.id == welcome.sync.id
+        return Needs.NOTHING if ours else needs
 
     def _forget_receiver(self) -> None:
         """It has less than it acknowledged once (another disk, a restored backup): nothing of before counts."""

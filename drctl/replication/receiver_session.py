@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
 
 from drctl.errors import DrctlError, OutOfSpace, ProtocolViolation, Refused, UnsupportedFormat
 from drctl.model.extent import MiB
@@ -97,15 +96,10 @@ class ReceiverSession:
                 return
 
     async def _make_durable(self, batch: list[bytes]) -> None:
-        durable, space = await self._writer.write(self.token, batch)
-        self.sequence, self.mark = durable.sequence, durable.mark
-        sync = None if durable.sync is None else wire.SyncPlace(**_place(durable.sync))
+        ack = await self._writer.write(self.token, batch)
+        self.sequence, self.mark = ack.sequence, ack.mark
         self.acknowledgements += 1
-        await self._connection.send(wire.Ack(durable.epoch, durable.sequence, durable.mark, sync, space))
-
-
-def _place(sync: Any) -> dict[str, Any]:
-    return {"id": sync.sync, "disk": sync.disk, "offset": sync.offset}
+        await self._connection.send(ack)
 
 
 async def hear_hello(connection: Connection) -> wire.Hello:
