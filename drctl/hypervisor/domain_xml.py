@@ -15,6 +15,8 @@ from drctl.errors import IntegrityError
 
 #: Largest definition taken, characters. One with 90 disks and comments is below 200 KiB.
 DEFINITION_LIMIT = 4 * 1024 * 1024
+#: Deepest nesting taken: far above libvirt's 10 or a backing chain of 100, far below what ends a recursive writer.
+DEPTH_LIMIT = 250
 
 #: Elements of libvirt's own QEMU extension keep their usual prefix.
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -41,20 +43,38 @@ def parse(definition: str) -> ET.Element:
     """The definition's root. Raises IntegrityError when it isn't one, or has a document type."""
     if len(definition) > DEFINITION_LIMIT:
         raise IntegrityError(f"a definition of {len(definition)} characters is too large to be one")
-    scout = expat.ParserCreate()
-    scout.StartDoctypeDeclHandler = _no_doctype
     try:
-        scout.Parse(definition, True)
+        _scout(definition)
         root = ET.fromstring(definition)
-    except (expat.ExpatError, ET.ParseError, ValueError, RecursionError) as exc:
+    except (expat.ExpatError, ET.ParseError, ValueError) as exc:
         raise IntegrityError(f"not a machine definition: {exc}") from exc
     if root.tag != "domain" or not root.findtext("name"):
         raise IntegrityError("not a machine definition: no <domain> with a <name>")
     return root
 
 
-def _no_doctype(*_: object) -> None:
-    raise ValueError("it has a document type; libvirt never writes one")
+def _scout(definition: str) -> None:
+    """Raise ValueError for what libvirt never writes: a document type, or elements nested beyond all reason."""
+    depth = 0
+
+    def refuse(*_: object) -> None:
+        raise ValueError("it has a document type")
+
+    def enter(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > DEPTH_LIMIT:
+            raise ValueError(f"it is nested deeper than {DEPTH_LIMIT}")
+
+    def leave(_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = enter
+    parser.EndElementHandler = leave
+    parser.Parse(definition, True)
 
 
 def disks(root: ET.Element) -> list[DiskFacts]:

@@ -36,9 +36,10 @@ from drctl.hypervisor.qmp import Monitor, command
 #: Between two looks at a job. A look costs QEMU under 1 ms.
 _POLL_SECONDS: Final = 0.02
 #: Between two attempts to reconnect: QEMU tries at each, so more often is more BLOCK_JOB_ERROR events, not more luck.
-_RETRY_SECONDS: Final = 0.3
-#: How long a detach trusts the tap it finds before it asks for a sink. A live tap ends a soft cancel in milliseconds.
-_TAP_PATIENCE_SECONDS: Final = 2.0
+_RETRY_SECONDS: Final = 0.15
+#: How long a detach trusts the tap it finds before it asks for a sink. A live tap ends a soft cancel in milliseconds;
+#: from error standby QEMU needs some tries to connect first.
+_TAP_PATIENCE_SECONDS: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +242,7 @@ class Mirror:
     def detach(self, start_sink: Callable[[], None], *, timeout_seconds: float = 30.0) -> None:
         """End the mirror by the soft path only; the guest does not notice. Nothing to do when it is not there.
 
-        A soft cancel needs a target that answers. When the tap does not bring it to its end in 2 s, `start_sink` is
+        A soft cancel needs a target that answers. When the tap does not bring it to its end in 4 s, `start_sink` is
         called, once: it must put a sink (a tap that acknowledges and discards) on the socket, in the place of the
         tap. Raises HypervisorRefused with what is left when the time is over; the job then goes on as it was."""
         deadline = self._pace.monotonic() + timeout_seconds
