@@ -330,7 +330,7 @@ def listen(path: Path) -> socket.socket:
         listener.bind(str(temporary))
     finally:
         os.umask(before)
-    listener.listen(64)
+    listener.listen(MAX_CONNECTIONS)
     # Only now under its name: a client that finds the socket is never refused.
     temporary.replace(path)
     return listener
