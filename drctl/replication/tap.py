@@ -112,14 +112,16 @@ class Bell:
 
 
 class Connection:
-    """One client. `disk` is -1 until it has entered an export; `queue` holds what its socket did not take yet."""
+    """One client. `disk` is -1 until it has entered an export; `queue` holds what its socket did not take yet; `lost`:
+    its end has been noted in the ring."""
 
-    __slots__ = ("disk", "name", "queue", "session", "socket")
+    __slots__ = ("disk", "lost", "name", "queue", "session", "socket")
 
     def __init__(self, accepted: socket.socket, session: NbdServer) -> None:
         self.socket = accepted
         self.session = session
         self.disk = -1
+        self.lost = False
         self.name = ""
         self.queue: list[memoryview] = []
 
@@ -151,7 +153,7 @@ class Tap:
             news = recorder.poll(time.monotonic_ns())
             for descriptor, mask in events:
                 if mask & _GONE and descriptor in connections:
-                    self._drop(connections[descriptor], "")
+                    self._lose(connections[descriptor])
                     news = True
             for descriptor, mask in events:
                 if descriptor == listening:
@@ -196,12 +198,22 @@ class Tap:
         self._drop(earlier, "a new connection takes its place")
         return ""
 
+    def _lose(self, connection: Connection) -> None:
+        """The client will send no more: note it at once. What it sent before is still read: a socket closed over
+        unread bytes would reset a client that waits for the end of its goodbye."""
+        if connection.disk >= 0 and not connection.lost:
+            connection.lost = True
+            self._recorder.disconnected(connection.disk)
+        if connection.queue:
+            self._drop(connection, "it did not wait for its replies")
+
     def _drop(self, connection: Connection, reason: str) -> None:
-        """Forget a connection; what it had not been answered is not in the ring."""
+        """Forget a connection."""
         if self._connections.pop(connection.socket.fileno(), None) is None:
             return
         if connection.disk >= 0:
-            self._recorder.disconnected(connection.disk)
+            if not connection.lost:
+                self._recorder.disconnected(connection.disk)
             del self._live[connection.name]
             _say(f"{connection.name}: disconnected" + (f": {reason}" if reason else ""))
         elif reason:

@@ -186,14 +186,14 @@ class Monitor:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(20)
         until(lambda: self._socket.connect_ex(str(path)) == 0)
-        self._file = self._socket.makefile("rw")
+        # One file for reading and writing would throw away events read ahead at each write.
+        self._file = self._socket.makefile("r")
         self._file.readline()
         self("qmp_capabilities")
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         body = {"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}}
-        self._file.write(json.dumps(body) + "\n")
-        self._file.flush()
+        self._socket.sendall(json.dumps(body).encode() + b"\n")
         while "event" in (answer := json.loads(self._file.readline())):
             pass
         if "error" in answer:
@@ -264,9 +264,9 @@ class Mirror:
         assert "failed" not in done.stdout, done.stdout
         return done.stdout
 
-    def load(self, seconds: float, *options: str) -> subprocess.Popen[Any]:
-        """Random writes at depth 32 of a client of the device."""
+    def load(self, *options: str) -> subprocess.Popen[Any]:
+        """Random writes of 4 KiB at depth 32 by a client of the device, until all is written once."""
         return self.rig.run(
             "fio", "--name=load", "--ioengine=nbd", f"--uri={self.device}", "--rw=randwrite", "--bs=4k", "--iodepth=32",
-            f"--size={self.rig.size}", f"--runtime={seconds}", "--time_based", "--thread", "--refill_buffers", *options,
+            f"--size={self.rig.size}", "--thread", "--refill_buffers", *options,
         )  # fmt: skip
