@@ -23,7 +23,7 @@ def tear_down(directory: Path, progress: Progress) -> None:
         return
     places = Layout(directory, Path(state.run))
     _stop(state, lambda name: name.endswith("/appliance"), progress)
-    strays = [child for place in places.sites for child in _appliance_children(place)]
+    strays = [child for place in places.sites for child in appliance_children(place)]
     left = process.stop(strays)
     for place in places.sites:
         progress(f"pulling the plug of the machines at {place.name}")
@@ -46,7 +46,7 @@ def _stop(state: State, chosen: Callable[[str], bool], progress: Progress) -> No
     process.stop(running)
 
 
-def _appliance_children(place: layout.Site) -> list[Process]:
+def appliance_children(place: layout.Site) -> list[Process]:
     """Taps, shippers, receivers and views of the site's appliance, by its pid files; they outlive it by design."""
     found = []
     for path in (place.appliance_run / "pids").glob("*.json"):
