@@ -63,6 +63,11 @@ class Mark:
         return int(self.fields["number"])
 
     @property
+    def own_tags(self) -> tuple[str, ...]:
+        """The tags that it was cut with."""
+        return tuple(str(tag) for tag in self.fields.get("tags") or ())
+
+    @property
     def time(self) -> float:
         """Wall clock at the mark, seconds."""
         return float(self.fields["wall_ns"]) / 1e9
@@ -167,6 +172,11 @@ class Catalog:
         """The largest number of any durable MARK, proven or not, of `epoch` or of all; 0 for none."""
         query = "SELECT max(number) FROM controls WHERE kind = ? AND (? = '' OR epoch = ?)"
         return int(self._db.execute(query, (int(FrameKind.MARK), epoch, epoch)).fetchone()[0] or 0)
+
+    def all_marks(self) -> list[tuple[int, str, int]]:
+        """(log, epoch, number) of every mark, proven or not, in log order."""
+        query = 'SELECT log, epoch, number FROM controls WHERE kind = ? ORDER BY log, "offset"'
+        return list(self._db.execute(query, (int(FrameKind.MARK),)))
 
     def newest_definition(self, before: tuple[int, int] | None = None) -> Place | None:
         """Where the newest DEFINITION lies, optionally before (log, offset)."""

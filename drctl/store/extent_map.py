@@ -28,6 +28,7 @@ DISK_SHIFT = 48
 SECTOR_MASK = (1 << DISK_SHIFT) - 1
 
 Entries = npt.NDArray[np.void]
+Keys = npt.NDArray[np.uint64]
 Indexes = npt.NDArray[np.int64]
 
 
@@ -54,9 +55,9 @@ def entries_of(tables: Sequence[Extents], frames: Sequence[int], log: int) -> En
     return result[result["length"] > 0]
 
 
-def ends(entries: Entries) -> npt.NDArray[np.uint64]:
+def ends(entries: Entries) -> Keys:
     """The key after each entry."""
-    end: npt.NDArray[np.uint64] = entries["start"] + entries["length"].astype(np.uint64)
+    end: Keys = entries["start"] + entries["length"].astype(np.uint64)
     return end
 
 
@@ -91,7 +92,7 @@ def _paint(left: Indexes, right: Indexes, count: int) -> Indexes:
     return owner
 
 
-def cut(entries: Entries, start: npt.NDArray[np.uint64], end: npt.NDArray[np.uint64]) -> Entries:
+def cut(entries: Entries, start: Keys, end: Keys) -> Entries:
     """Each entry reduced to its part from `start` to `end`. `entries` must be a copy; it is changed."""
     skipped = (start - entries["start"]).astype(np.uint32) * np.uint32(SECTOR)
     entries["payload"] += np.where(entries["payload"] & ZERO, np.uint32(0), skipped)

@@ -27,7 +27,7 @@ from drctl.store.group_info import (
 from drctl.store.initial import InitialNote, apply_frame, read_note, write_note
 from drctl.store.journal import FrameList, Journal, SealPolicy
 from drctl.store.label import CheckpointKey, read_pins, read_tags, remove_pin, write_pin, write_tags
-from drctl.store.reader import StoreReader, disks_of
+from drctl.store.reader import StoreReader, disks_of, label_of
 from drctl.store.replica import Replica, create_base
 from drctl.store.segment import PlacedFrame, Segment, StreamKey, SyncProgress
 from drctl.store.view import View
@@ -96,7 +96,7 @@ class GroupStore(StoreReader):
         return cls(root, writer=writer, policy=policy)
 
     def _open_writer(self, policy: SealPolicy) -> None:
-        for temp in [*self.root.glob(".*.tmp"), *self.root.glob("streams/*/*/.*.tmp"), *self.root.glob("pins/.*.tmp")]:
+        for temp in self.root.glob("streams/*/*/." + "[0-9]" * 12 + ".seg.tmp"):
             temp.unlink()
         self._written_info = self.info
         self._info_stamp = self._stamp()
@@ -314,24 +314,25 @@ class GroupStore(StoreReader):
         with commit_lock(self.root):
             mark = self.find(number)
             tags = read_tags(self.root)
-            label = CheckpointKey(mark.epoch, number)
-            if tag not in tags.get(label, ()):
-                write_tags(self.root, {**tags, label: (*tags.get(label, ()), tag)})
+            if tag not in tags.of(label_of(mark), mark.own_tags):
+                write_tags(self.root, tags.with_tag(label_of(mark), tag))
 
     def untag(self, tag: str) -> None:
         """Remove a tag from all checkpoints. Raises NotFound."""
         with commit_lock(self.root):
             tags = read_tags(self.root)
-            if not any(tag in names for names in tags.values()):
+            labels = [label_of(mark) for mark in self.marks() if tag in tags.of(label_of(mark), mark.own_tags)]
+            if not labels:
                 raise NotFound("tag", tag)
-            left = {label: tuple(name for name in names if name != tag) for label, names in tags.items()}
-            write_tags(self.root, {label: names for label, names in left.items() if names})
+            for label in labels:
+                tags = tags.without(label, tag)
+            write_tags(self.root, tags)
 
     def pin(self, name: str, number: int, epoch: str = "") -> None:
         """Hold a checkpoint for `name` until `unpin`. Idempotent. Raises NotFound when it is gone."""
         with commit_lock(self.root):
             mark = self.find(number, epoch)
-            write_pin(self.root, name, CheckpointKey(mark.epoch, number))
+            write_pin(self.root, name, label_of(mark))
 
     def unpin(self, name: str) -> None:
         """No error when there is no such pin."""

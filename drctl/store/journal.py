@@ -49,7 +49,7 @@ class SealPolicy:
 
     size: int = 64 * MiB
     age: float = 3600.0
-    extents: int = 1_000_000
+    extents: int = 262_144
 
 
 def read_claim(root: Path) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Labels: tags that operators give to checkpoints, and pins that hold them while they are in use. Data, no cache.
 
-    tags.json    [{"number", "epoch", "tag"}]
+    tags.json    [{"number", "epoch", "tag", "removed"}]; removed: a tag of the mark itself that was taken away
     pins/ID      {"number", "epoch"}
 
 Both change under the store's commit lock, so that a merge or promotion sees them or comes first."""
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drctl.errors import IntegrityError
 from drctl.store import atomic
 from drctl.store.segment import safe_name
 
@@ -23,18 +24,43 @@ class CheckpointKey:
     number: int
 
 
-def read_tags(root: Path) -> dict[CheckpointKey, tuple[str, ...]]:
-    """The operators' tags. Raises IntegrityError when the file is damaged."""
-    tags: dict[CheckpointKey, tuple[str, ...]] = {}
-    for entry in atomic.read_json(root / "tags.json") or []:
-        key = CheckpointKey(entry["epoch"], int(entry["number"]))
-        tags[key] = (*tags.get(key, ()), entry["tag"])
-    return tags
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """What operators added to the tags that marks were cut with, and what they took away."""
+
+    added: frozenset[tuple[CheckpointKey, str]] = frozenset()
+    removed: frozenset[tuple[CheckpointKey, str]] = frozenset()
+
+    def of(self, label: CheckpointKey, own: tuple[str, ...]) -> tuple[str, ...]:
+        """All tags of a checkpoint whose mark has the tags `own`."""
+        stay = tuple(tag for tag in own if (label, tag) not in self.removed)
+        return stay + tuple(sorted(tag for key, tag in self.added if key == label and tag not in stay))
+
+    def with_tag(self, label: CheckpointKey, tag: str) -> Tags:
+        return Tags(self.added | {(label, tag)}, self.removed - {(label, tag)})
+
+    def without(self, label: CheckpointKey, tag: str) -> Tags:
+        return Tags(self.added - {(label, tag)}, self.removed | {(label, tag)})
 
 
-def write_tags(root: Path, tags: dict[CheckpointKey, tuple[str, ...]]) -> None:
+def read_tags(root: Path) -> Tags:
+    """Raises IntegrityError when the file is damaged."""
+    path = root / "tags.json"
+    both: tuple[set[tuple[CheckpointKey, str]], set[tuple[CheckpointKey, str]]] = (set(), set())
+    try:
+        for entry in atomic.read_json(path) or []:
+            label = CheckpointKey(entry["epoch"], int(entry["number"]))
+            both[bool(entry["removed"])].add((label, str(entry["tag"])))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise IntegrityError(f"{path}: {exc!r}", path=path) from exc
+    return Tags(frozenset(both[0]), frozenset(both[1]))
+
+
+def write_tags(root: Path, tags: Tags) -> None:
     entries: list[dict[str, Any]] = [
-        {"number": key.number, "epoch": key.epoch, "tag": tag} for key in sorted(tags) for tag in tags[key]
+        {"number": label.number, "epoch": label.epoch, "tag": tag, "removed": removed}
+        for removed, each in ((False, tags.added), (True, tags.removed))
+        for label, tag in sorted(each)
     ]
     atomic.write_json(root / "tags.json", entries)
 

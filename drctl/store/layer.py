@@ -12,15 +12,22 @@ import numpy as np
 from drctl.errors import IntegrityError
 from drctl.store.catalog import Place
 from drctl.store.content import Content
-from drctl.store.extent_map import Entries, clip, resolve
-from drctl.store.run import Run, open_run, run_path
+from drctl.store.extent_map import Entries, Keys, clip, ends, resolve
+from drctl.store.run import BLOCK, Run, open_run, run_path
 from drctl.store.segment import HEADER_SIZE, Segment, SegmentHeader, SegmentList, StreamKey, scan
+
+#: Fences per slice of a merge: half a million entries, 12 MB.
+_SLICE = 2048
 
 
 class Layer(Protocol):
     """Sorted entries of a part of the log. `entries` gives their parts between two keys."""
 
     def entries(self, low: int, high: int) -> Entries: ...
+
+    def fences(self) -> Keys:
+        """Keys in order, one after each block of entries."""
+        ...
 
     def close(self) -> None: ...
 
@@ -33,6 +40,10 @@ class MemoryLayer:
 
     def entries(self, low: int, high: int) -> Entries:
         return clip(self.sorted_entries, low, high)
+
+    def fences(self) -> Keys:
+        after = ends(self.sorted_entries)
+        return np.append(after[BLOCK - 1 :: BLOCK], after[-1:])
 
     def close(self) -> None:
         """Nothing is open."""
@@ -124,6 +135,18 @@ def _scanned(segment: Segment, end: int | None) -> Entries:
     content = Content(header, HEADER_SIZE)
     content.add_all(scan(segment.path, end=end))
     return content.entries()
+
+
+def merged(layers: Sequence[Layer]) -> Iterator[Entries]:
+    """All that several layers say, oldest first, as sorted entries; a bounded number at a time."""
+    fences = np.sort(np.concatenate([layer.fences() for layer in layers]))
+    low = 0
+    for high in [*fences[_SLICE - 1 :: _SLICE].tolist(), (1 << 64) - 1]:
+        if high > low:
+            found = resolve(np.concatenate([layer.entries(low, high) for layer in layers]))
+            if len(found):
+                yield found
+        low = high
 
 
 def close_all(layers: Sequence[Layer]) -> None:

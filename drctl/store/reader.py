@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from drctl.store.catalog import Catalog, Mark, Place, discard
 from drctl.store.content import Content, Control, control_fields
 from drctl.store.group_info import GroupInfo, StoreMode, read_info
 from drctl.store.journal import read_claim
-from drctl.store.label import CheckpointKey, read_pins, read_tags
+from drctl.store.label import CheckpointKey, Tags, read_pins, read_tags
 from drctl.store.layer import Distrust, RunDirectory, cover, prefix
+from drctl.store.retention import Forecast, forecast
 from drctl.store.segment import HEADER_SIZE, Segment, SegmentList, list_segments, read_frame, scan
+from drctl.store.verify import VerifyReport, verify_segment
 from drctl.store.view import Layout, View
 from drctl.wire.frame import FrameKind
 
@@ -151,6 +154,10 @@ class StoreReader:
         if checkpoint is not None:
             place = self.find(checkpoint).place
             before = (place.log, place.offset)
+        return self.definition_before(before)
+
+    def definition_before(self, before: tuple[int, int] | None) -> dict[str, Any] | None:
+        """The newest DEFINITION's payload before (log, offset), or of all."""
         for _ in range(_ATTEMPTS):
             found = self.with_catalog(lambda catalog: catalog.newest_definition(before))
             if found is None:
@@ -215,6 +222,37 @@ class StoreReader:
             raise
         return Layout(mark, segments, layers)
 
+    # Health
+
+    def verify(self, checkpoint: int | None = None) -> VerifyReport:
+        """Read all frames again, of the whole journal or of what a checkpoint needs, and say what is damaged."""
+        report = VerifyReport()
+        marks, base = self.marks(), self.info.base_position
+        segments, _ = list_segments(self.root)
+        place = self.find(checkpoint).place if checkpoint is not None else None
+        for segment in segments:
+            if segment.last <= base or (place is not None and segment.last > place.log):
+                continue
+            end = self._sizes(segments)[segment.last]
+            if place is not None and segment.last == place.log:
+                end = place.end
+            # FileNotFoundError: merged or promoted meanwhile; what became of it was checked then.
+            with suppress(FileNotFoundError):
+                verify_segment(segment, self._group, end, marks, report)
+        return report
+
+    def used(self) -> int:
+        """Bytes of the journal on disk: segments and runs."""
+        total = sum(segment.size for segment in list_segments(self.root)[0])
+        for path in (self.root / "runs").glob("*.run"):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
+
+    def forecast(self, now: float) -> Forecast:
+        """How long history is and will be. `now`: seconds since the epoch."""
+        return forecast([mark.time for mark in self.marks()], self.used(), self.info.retention, now)
+
     def close(self) -> None:
         self._drop_catalog()
 
@@ -230,10 +268,13 @@ def disks_of(definition: dict[str, Any]) -> tuple[GroupDisk, ...]:
         raise IntegrityError(f"DEFINITION: disks: {exc!r}") from exc
 
 
-def _checkpoint(mark: Mark, tags: dict[CheckpointKey, tuple[str, ...]], held: set[CheckpointKey]) -> Checkpoint:
-    label = CheckpointKey(mark.epoch, mark.number)
+def label_of(mark: Mark) -> CheckpointKey:
+    return CheckpointKey(mark.epoch, mark.number)
+
+
+def _checkpoint(mark: Mark, tags: Tags, held: set[CheckpointKey]) -> Checkpoint:
+    label = label_of(mark)
     fields = mark.fields
-    own = tuple(str(tag) for tag in fields.get("tags") or ())
     return Checkpoint(
         mark.number,
         mark.time,
@@ -241,6 +282,6 @@ def _checkpoint(mark: Mark, tags: dict[CheckpointKey, tuple[str, ...]], held: se
         mark.epoch,
         mark.generation,
         int(fields["sequence"]),
-        own + tuple(tag for tag in tags.get(label, ()) if tag not in own),
+        tags.of(label, mark.own_tags),
         label in held,
     )

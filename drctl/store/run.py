@@ -34,7 +34,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ import numpy as np
 from drctl.errors import IntegrityError
 from drctl.store import atomic
 from drctl.store.content import Content, Control
-from drctl.store.extent_map import ENTRY, ENTRY_SIZE, Entries, clip, empty, ends, resolve
+from drctl.store.extent_map import ENTRY, ENTRY_SIZE, Entries, Keys, clip, empty, ends, resolve
 from drctl.store.segment import Segment
 from drctl.wire.frame import FrameKind
 
@@ -225,9 +225,9 @@ class Run:
     def _cut(self, offset: int) -> Entries:
         raise self._damaged(offset, "entries")
 
-    def block_of(self, key: int) -> int:
-        """The block in which entries at or after `key` begin."""
-        return int(np.searchsorted(self._keys, np.uint64(key), "right"))
+    def fences(self) -> Keys:
+        """The key after each block."""
+        return self._keys
 
     def log(self) -> Entries:
         """The extents in log order (runs of a single segment only)."""
@@ -244,6 +244,16 @@ class Run:
         os.close(self._file)
 
 
+def has_run(root: Path, segments: Sequence[Segment]) -> bool:
+    """There is a run of exactly these segments, as far as its header tells."""
+    path = run_path(root, segments[0].first, segments[-1].last)
+    try:
+        with path.open("rb") as file:
+            return _unpack(file.read(HEADER_SIZE), path).tile == tile_of(segments)
+    except (FileNotFoundError, IntegrityError):
+        return False
+
+
 def open_run(path: Path, segments: Sequence[Segment]) -> Run | None:
     """The run at `path` if there is a sound one of exactly these segments."""
     try:
@@ -254,6 +264,3 @@ def open_run(path: Path, segments: Sequence[Segment]) -> Run | None:
         return run
     run.close()
     return None
-
-
-Layer = Callable[[int, int], Entries]

@@ -1,6 +1,7 @@
 """A store under test beside its oracle: plain bytearrays, one copy per mark."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +138,10 @@ class Harness:
         """Every listed checkpoint reads exactly as the oracle had it."""
         store = store or self.store
         for epoch, number in self.listed(store):
-            check_view(store, epoch, number, self.marks[epoch, number])
+            self.check_view(store, epoch, number)
+
+    def check_view(self, store, epoch, number):
+        check_view(store, epoch, number, self.marks[epoch, number])
 
 
 def check_view(store, epoch, number, images):
@@ -161,6 +165,14 @@ def check_view(store, epoch, number, images):
 def harness():
     """The class: tests make as many as they like."""
     return Harness
+
+
+@pytest.fixture
+def tmp_path():
+    """In memory where there is any: these tests sync thousands of times, and kill processes, not machines."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(autouse=True)
