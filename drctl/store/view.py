@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from drctl.errors import IntegrityError, NotFound
-from drctl.model.extent import SECTOR, Extent, MiB
+from drctl.model.extent import SECTOR, Extent, KiB, MiB
 from drctl.model.group import GroupDisk
 from drctl.store.catalog import Mark
 from drctl.store.extent_map import SECTOR_MASK, ZERO, Entries, ends, key, resolve
@@ -30,6 +30,8 @@ _FRAME_CACHE = 64 * MiB
 #: Pieces kept in resolved regions; one is about 150 bytes.
 _PIECE_CACHE = 500_000
 _OPEN_FILES = 128
+#: One read of the base goes over pieces of the log up to this: copying 32 KiB in vain costs less than a system call.
+_BASE_GAP = 32 * KiB
 #: Attempts to find files that merges and promotions keep moving.
 _ATTEMPTS = 5
 
@@ -215,18 +217,21 @@ class ViewDisk:
             raise ValueError(f"{self._disk.name}: {length} bytes at {offset} are not on the disk ({self.size})")
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
-        for start, end, log, frame, payload in self._parts(offset, len(buffer)):
-            target = buffer[start - offset : end - offset]
-            if log == 0:
-                self._base.read_into(target, start)
-            elif payload & ZERO:
-                target[:] = bytes(len(target))
-            else:
-                data = self._view.payload(log, frame)[payload : payload + len(target)]
-                if len(data) != len(target):
-                    place = self._view.place(log, frame)
-                    raise IntegrityError(f"{place}: the frame has fewer bytes than its index says")
-                target[:] = data
+        parts = list(self._parts(offset, len(buffer)))
+        for start, end in _base_reads(parts):
+            self._base.read_into(buffer[start - offset : end - offset], start)
+        for start, end, log, frame, payload in parts:
+            if log:
+                self._put(buffer[start - offset : end - offset], log, frame, payload)
+
+    def _put(self, target: memoryview, log: int, frame: int, payload: int) -> None:
+        if payload & ZERO:
+            target[:] = bytes(len(target))
+            return
+        data = self._view.payload(log, frame)[payload : payload + len(target)]
+        if len(data) != len(target):
+            raise IntegrityError(f"{self._view.place(log, frame)}: the frame has fewer bytes than its index says")
+        target[:] = data
 
     def _parts(self, offset: int, length: int) -> Iterator[Piece]:
         """The pieces between, each cut to the range."""
@@ -259,6 +264,19 @@ class ViewDisk:
 
     def close(self) -> None:
         self._base.close()
+
+
+def _base_reads(parts: list[Piece]) -> list[tuple[int, int]]:
+    """What to read of the base, (start, end): across small pieces of the log, which are put over it afterwards."""
+    reads: list[tuple[int, int]] = []
+    for start, end, log, _, _ in parts:
+        if log:
+            continue
+        if reads and start - reads[-1][1] <= _BASE_GAP:
+            reads[-1] = (reads[-1][0], end)
+        else:
+            reads.append((start, end))
+    return reads
 
 
 def _first_after(pieces: list[Piece], offset: int) -> int:
