@@ -7,7 +7,12 @@ from pathlib import Path
 
 import msgspec
 
+from drctl.appliance.toml_file import Table, read_toml
 from drctl.errors import ConfigInvalid, NotFound
+from drctl.model.extent import GiB
+
+RUN = "/run/drctl"
+SCRATCH_LIMIT = 64 * GiB
 
 
 class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,9 +32,9 @@ class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uri: str
     link: str
     uuid: str
-    run: str = "/run/drctl"
+    run: str = RUN
     images: str = ""
-    scratch_limit: int = 64 * 1024**3
+    scratch_limit: int = SCRATCH_LIMIT
     peer: tuple[Peer, ...] = ()
 
 
@@ -81,12 +86,28 @@ class Home:
 
 
 def load(home: Path) -> Home:
-    """Read `home/appliance.toml`. Raises ConfigInvalid, naming the file and what is wrong."""
+    """Read `home/appliance.toml`. Raises ConfigInvalid, naming file, line and key."""
     file = home / "appliance.toml"
-    try:
-        config = msgspec.toml.decode(file.read_bytes(), type=ApplianceToml)
-    except FileNotFoundError:
-        raise ConfigInvalid(str(file), 0, "", "is not there", hint="no appliance is set up here: drctl init") from None
-    except (msgspec.DecodeError, ValueError) as exc:
-        raise ConfigInvalid(str(file), 0, "", str(exc)) from exc
+    if not home.exists() or not file.exists():
+        raise ConfigInvalid(str(file), 0, "", "is not there", hint="no appliance is set up here")
+    top = read_toml(file)
+    peers = tuple(_peer(table) for table in top.tables("peer"))
+    config = ApplianceToml(
+        site=top.text("site"),
+        host=top.text("host"),
+        uri=top.text("uri"),
+        link=top.text("link"),
+        uuid=top.text("uuid"),
+        run=top.text("run", RUN),
+        images=top.text("images", ""),
+        scratch_limit=top.size("scratch_limit", SCRATCH_LIMIT),
+        peer=peers,
+    )
+    top.finish()
     return Home(home, config)
+
+
+def _peer(table: Table) -> Peer:
+    peer = Peer(site=table.text("site"), host=table.text("host"), link=table.text("link"), uuid=table.text("uuid"))
+    table.finish()
+    return peer

@@ -51,6 +51,7 @@ class _Scanner:
         *outer, last = self._key()
         path: KeyPath = ()
         for part in outer:
+            self._lines.setdefault((*path, part), line)
             path = self._enter((*path, part))
         path = (*path, last)
         if array:

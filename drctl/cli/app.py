@@ -187,13 +187,22 @@ def run(arguments: Sequence[str], context: Context | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         screen.say("interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader of our output has left (`| head`); nothing can be told to it, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except SystemExit as exc:
+        return _left(exc)
     except Exception as exc:  # the edge: whatever was not foreseen is told once and logged
         return _unexpected(exc, screen, debug="--debug" in arguments, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _left(end: SystemExit) -> int:
+    """The code when typer itself ends the program: 141 (128 + SIGPIPE) when the reader of our output has left.
+
+    With `| head` that happens; typer makes an exit with 1 of it."""
+    if isinstance(end.__context__, BrokenPipeError):
+        # What is still in the buffer can be told to nobody, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return end.code if isinstance(end.code, int) else 1
 
 
 def _usage(error: Any, screen: Screen, *, as_json: bool) -> int:

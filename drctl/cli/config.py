@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,7 @@ def _host(table: Table, sites: list[str]) -> Host:
 def nothing_found(places: list[Path], home: Path) -> ConfigInvalid:
     """The error of a command line that has neither a configuration nor a local appliance."""
     looked = ", ".join(str(place) for place in [*places, home / "appliance.toml"])
-    return ConfigInvalid(
-        FILE, 0, "", f"not found; looked at {looked}", hint="drctl init writes one; or name it: --config"
-    )
+    hint = "drctl init writes one; or name it: --config"
+    if home.is_dir() and not os.access(home, os.X_OK):
+        hint = f"{home} is for root alone: sudo drctl finds the appliance there; or name a configuration: --config"
+    return ConfigInvalid(FILE, 0, "", f"not found; looked at {looked}", hint=hint)

@@ -67,11 +67,9 @@ class Settings:
             if value := self.environment.get(variable):
                 return Path(value)
         candidates = config_candidates(self.environment)
-        for candidate in candidates:
-            if candidate.exists():
-                return candidate
-        if (HOME / "appliance.toml").exists():
-            return HOME
+        for place, marker in [*((candidate, candidate) for candidate in candidates), (HOME, HOME / "appliance.toml")]:
+            if is_there(marker):
+                return place
         raise nothing_found(candidates, HOME)
 
     @property
@@ -110,7 +108,7 @@ class Context:
         if self._given is not None:
             return self._given
         place = self.settings.locate()
-        if (place / "appliance.toml").exists() and not (place / "drctl.toml").exists():
+        if is_there(place / "appliance.toml") and not is_there(place / "drctl.toml"):
             return local_config(place)
         return load_config(place)
 
@@ -147,6 +145,11 @@ class Context:
             {"schema_version": SCHEMA_VERSION, "kind": kind, "read": {"from": self.config.origin, "sites": names}}
             | fields
         )
+
+
+def is_there(path: Path) -> bool:
+    """Whether the path exists and may be looked at: an appliance's home is for root alone."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where a directory may not be entered
 
 
 def local_config(home: Path) -> Config:

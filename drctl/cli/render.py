@@ -133,7 +133,6 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     width = 0
     for index, column in enumerate(columns):
@@ -143,7 +142,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     # Words are never broken: a table that is too wide is left to the terminal.
-    console.print(table, width=max(console.width, width))
+    Console(width=max(Console().width, width)).print(table)
 
 
 def _style(cell: str) -> str:

@@ -1,0 +1,141 @@
+"""The contract of JSON output: every document's kind, version and fields, with their types. Fields may be added, with an
+entry here and in docs/json.md; none may go or change its type without a new schema version."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.appliance import NOW
+
+DOCS = Path(__file__).parents[2] / "docs" / "json.md"
+NUMBER = (int, float)
+NONE = type(None)
+
+GROUP = {
+    "group": str, "phase": (str, NONE), "reason": str, "generation": (int, NONE), "rpo_seconds": (*NUMBER, NONE),
+    "interval_seconds": (*NUMBER, NONE), "newest": (dict, NONE), "oldest": (dict, NONE), "checkpoints": (int, NONE),
+    "history": (dict, NONE), "journal": (dict, NONE), "link": (dict, NONE), "backlog_bytes": (int, NONE),
+    "sync": (dict, NONE), "ring": (dict, NONE), "machines": list, "recovery_mode": (str, NONE), "recoveries": list,
+    "source": (dict, NONE), "recovery": (dict, NONE),
+}  # fmt: skip
+CHECKPOINT = {
+    "number": int, "time": NUMBER, "iso": str, "age_seconds": NUMBER, "kind": str, "tags": list, "pinned": bool,
+    "generation": int, "epoch": str, "sequence": int,
+}  # fmt: skip
+HOST = {
+    "host": str, "site": str, "host_kind": str, "uri": str, "control": str, "link": str, "appliance": str, "problem": str,
+    "version": (str, NONE), "versions": dict, "capabilities": dict, "space": dict,
+}  # fmt: skip
+MACHINE = {
+    "machine": str, "site": str, "host": str, "state": (str, NONE), "uuid": (str, NONE), "group": str, "protected": bool,
+    "phase": (str, NONE), "disks": list,
+}  # fmt: skip
+SITE = {"site": str, "hosts": list, "answering": list, "source_of": list, "recovery_of": list}
+APPLIANCE = {
+    "host": str, "site": str, "state": str, "version": (str, NONE), "identity": (str, NONE), "control": str, "link": str,
+    "problem": str,
+}  # fmt: skip
+RECOVERY = {
+    "id": str, "kind": str, "group": str, "generation": int, "checkpoint": dict, "state": str, "started": NUMBER,
+    "machines": list, "rto_seconds": (*NUMBER, NONE),
+}  # fmt: skip
+ENTRY = {"host": str, "time": NUMBER, "user": str, "method": str, "group": str, "outcome": str, "detail": str}
+FINDING = {"severity": str, "subject": str, "message": str, "hint": str}
+CHANGE = {"group": str, "role": str, "host": str, "action": str, "differences": list}
+LISTED = {"group": str, "machines": list, "source": (str, NONE), "recovery": (str, NONE), "state": str, "file": bool}
+
+#: command line → (kind, fields of the document, field that holds rows or one object, that one's fields)
+CONTRACT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "status": ("status", {"groups": list, "unreachable": list}, "groups", GROUP),
+    "checkpoint list web": ("checkpoints", {"group": str, "checkpoints": list}, "checkpoints", CHECKPOINT),
+    "failover web --candidates": ("checkpoints", {"group": str, "checkpoints": list}, "checkpoints", CHECKPOINT),
+    "checkpoint show web": ("checkpoint", {"group": str, "checkpoint": dict}, "checkpoint", CHECKPOINT),
+    "checkpoint create web": ("checkpoint", {"group": str, "checkpoint": dict}, "checkpoint", CHECKPOINT),
+    "checkpoint verify web": (
+        "verification",
+        {"group": str, "number": int, "bytes": (int, NONE), "frames": (int, NONE), "damaged": list},
+        "",
+        {},
+    ),
+    "host list": ("hosts", {"hosts": list}, "hosts", HOST),
+    "host show a1": ("host", HOST, "", {}),
+    "site list": ("sites", {"sites": list}, "sites", SITE),
+    "site show alpha": ("site", SITE, "", {}),
+    "vm list": ("machines", {"machines": list}, "machines", MACHINE),
+    "vm show db": ("machine", {"machines": list}, "machines", MACHINE),
+    "appliance list": ("appliances", {"appliances": list}, "appliances", APPLIANCE),
+    "group list": ("groups", {"groups": list}, "groups", LISTED),
+    "group show web": ("group", {"group": str, "origin": str, "settings": dict}, "", {}),
+    "test start web --yes": ("test", {"recovery": dict}, "recovery", RECOVERY),
+    "test list": ("tests", {"tests": list}, "tests", RECOVERY),
+    "failover web --dry-run": ("failover-plan", {"plan": dict}, "", {}),
+    "failover web --source-is-down fire --confirm web": ("failover", {"recovery": dict}, "recovery", RECOVERY),
+    "commit web --yes": ("commit", {"recovery": dict}, "recovery", RECOVERY),
+    "apply --dry-run": ("apply", {"dry_run": bool, "changes": list}, "changes", CHANGE),
+    "history": ("history", {"entries": list}, "entries", ENTRY),
+    "doctor": ("doctor", {"findings": list}, "findings", FINDING),
+}
+
+
+def check(value: dict[str, Any], fields: dict[str, Any], where: str) -> None:
+    assert set(value) == set(fields), where
+    for name, kinds in fields.items():
+        assert isinstance(value[name], kinds), f"{where}.{name} is {value[name]!r}"
+
+
+@pytest.mark.parametrize("line", CONTRACT)
+def test_documents(world, line: str) -> None:
+    kind, fields, rows, inner = CONTRACT[line]
+    if not line.startswith("apply"):
+        world.applied()
+    world.beta.tests = [world.beta.call("test.start", {"group": "web"})]
+    world.alpha.machines[0]["disks"].append({**world.alpha.machines[0]["disks"][0], "target": "vdb"})
+    result = world(*line.split(), "--output", "json")
+    assert result.out.count("\n") == 1, "one document, one line"
+    document = result.json
+    assert document["schema_version"] == 1
+    assert document["kind"] == kind
+    check(document["read"], {"from": str, "sites": list}, f"{line}: read")
+    check(document, {"schema_version": int, "kind": str, "read": dict, **fields}, line)
+    if rows:
+        values = document[rows] if isinstance(document[rows], list) else [document[rows]]
+        assert values, "nothing to check"
+        for value in values:
+            check(value, inner, f"{line}: {rows}")
+
+
+def test_codes_and_lab_need_no_configuration(capsys, tmp_path, monkeypatch) -> None:
+    import json
+
+    from drctl.cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+    assert run(["explain", "12", "-o", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema_version"], document["kind"]) == (1, "codes")
+    for code in document["codes"]:
+        check(code, {"code": int, "slug": str, "meaning": str, "advice": str}, "explain")
+    assert run(["lab", "status", "--directory", str(tmp_path / "lab"), "-o", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema_version"], document["kind"], document["lab"]["running"]) == (1, "lab", False)
+
+
+def test_what_a_status_says(world) -> None:
+    (group,) = world.applied()("status", "-o", "json").json["groups"]
+    assert group["newest"] == {"number": 12, "time": NOW - 4, "age_seconds": 4.0}
+    assert group["rpo_seconds"] == 4.0
+    assert group["journal"] == {"bytes": 2**30, "limit": 64 * 2**30}
+    assert group["history"] == {"seconds": 3600.0, "target_seconds": 604800.0, "forecast": None}
+    assert group["source"] == {"site": "alpha", "host": "a1"}
+
+
+def test_every_field_is_documented() -> None:
+    text = DOCS.read_text("utf-8")
+    for kind, fields, _, inner in CONTRACT.values():
+        assert f"`{kind}`" in text, kind
+        for name in {*fields, *inner}:
+            assert re.search(rf"`{name}`|\b{name}\b", text), f"{kind}: {name} is not in docs/json.md"

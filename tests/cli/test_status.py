@@ -1,0 +1,167 @@
+"""The picture of a group: both sides merged, and the recovery point never better than what can be restored."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from drctl.cli.protection import describe, merge, sync_share
+from drctl.errors import ApplianceUnreachable
+from tests.cli.appliance import NOW
+
+
+def group(result) -> dict:
+    return result.json["groups"][0]
+
+
+def test_the_overview_is_a_plain_table_when_piped(world) -> None:
+    result = world.applied()("status")
+    heading, row = result.out.splitlines()
+    assert heading.split() == [
+        "GROUP",
+        "STATE",
+        "RPO",
+        "NEWEST",
+        "CHECKPOINTS",
+        "HISTORY",
+        "JOURNAL",
+        "BACKLOG",
+        "LINK",
+        "FROM",
+        "TO",
+    ]
+    assert row.split()[:4] == ["web", "live", "4.0", "s"]
+    assert row.split()[-2:] == ["alpha/a1", "beta/b1"]
+    assert "config " in result.err
+    assert "sites alpha, beta" in result.err
+
+
+def test_no_colour_leaves_when_it_is_unwanted(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[3" not in world.applied()("status", terminal=True).out
+
+
+def test_a_table_on_a_terminal_breaks_no_word(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    out = world.applied()("status", terminal=True).out
+    assert "checkpoints" in out
+    assert "alpha/a1" in out
+
+
+def test_without_the_recovery_site_the_recovery_point_is_unknown(world) -> None:
+    world.applied().beta.down = True
+    result = world("status", "-o", "json")
+    assert result.code == 3
+    assert group(result)["rpo_seconds"] is None
+    assert group(result)["checkpoints"] is None
+    assert group(result)["phase"] == "live"
+    assert result.json["unreachable"] == [{"host": "b1", "message": "no appliance answers at b1"}]
+    text = world("status")
+    assert text.code == 3
+    assert "no answer from b1" in text.err
+    assert "unknown" in text.out
+
+
+def test_without_the_source_site_the_recovery_point_is_still_known(world) -> None:
+    world.applied().alpha.down = True
+    result = world("status", "-o", "json")
+    assert result.code == 3
+    assert group(result)["phase"] is None
+    assert group(result)["rpo_seconds"] == 4.0
+    assert group(result)["source"] is None
+
+
+def test_no_checkpoint_is_unknown_not_zero(world) -> None:
+    world.applied().beta.checkpoints = []
+    picture = group(world("status", "-o", "json"))
+    assert (picture["rpo_seconds"], picture["newest"], picture["checkpoints"]) == (None, None, 0)
+    assert world("status", "web").out.count("unknown") >= 3
+
+
+def test_the_age_is_counted_on_the_recovery_sites_clock() -> None:
+    recovery = {"wall_ns": int((NOW + 100) * 1e9), "checkpoints": {"newest": {"number": 1, "time": NOW + 90}}}
+    assert merge("web", None, recovery, NOW)["rpo_seconds"] == pytest.approx(10.0)
+    del recovery["wall_ns"]
+    assert merge("web", None, recovery, NOW + 95)["rpo_seconds"] == pytest.approx(5.0)
+
+
+def test_an_age_is_never_negative() -> None:
+    recovery = {"wall_ns": int(NOW * 1e9), "checkpoints": {"newest": {"number": 1, "time": NOW + 1}}}
+    assert merge("web", None, recovery, NOW)["rpo_seconds"] == 0.0
+
+
+def test_two_silent_sides_know_nothing() -> None:
+    picture = merge("web", None, None, NOW)
+    known = {key: value for key, value in picture.items() if value not in (None, "", [])}
+    assert known == {"group": "web"}
+    assert describe(picture) == "unknown"
+
+
+def test_a_failed_over_group_is_told_by_the_recovery_side() -> None:
+    assert describe(merge("web", {"phase": "live"}, {"mode": "failed-over"}, NOW)) == "failed-over"
+
+
+def test_sync_share() -> None:
+    assert sync_share(None) is None
+    assert sync_share({"done_bytes": 5, "total_bytes": 0}) is None
+    assert sync_share({"done_bytes": 5, "total_bytes": 20}) == 0.25
+    assert sync_share({"done_bytes": 50, "total_bytes": 20}) == 1.0
+
+
+def test_a_running_sync_is_shown_with_its_share(world) -> None:
+    world.applied()
+    status = world.alpha.call("group.status", {"group": "web"})
+    sync = {"mode": "initial", "done_bytes": 30, "total_bytes": 120, "eta": None}
+    world.alpha.replies["group.status"] = status | {"phase": "syncing", "sync": sync}
+    assert "syncing 25 %" in world("status").out
+
+
+def test_the_link_tells_why_it_is_down(world) -> None:
+    world.applied()
+    status = world.alpha.call("group.status", {"group": "web"})
+    link = {"state": "reconnecting", "offset_ms": None, "error": {"message": "connection refused"}}
+    world.alpha.replies["group.status"] = status | {"link": link}
+    assert "reconnecting: connection refused" in world("status", "web").out
+
+
+def test_an_unknown_group_names_the_known(world) -> None:
+    result = world.applied()("status", "wbe")
+    assert result.code == 11
+    assert "known: web" in result.err
+
+
+def test_a_group_that_a_silent_appliance_may_know(world) -> None:
+    world.alpha.down = world.beta.down = True
+    assert world("status", "web").code == 22
+
+
+def test_watch_shows_it_again(world) -> None:
+    world.applied()
+    pictures = []
+
+    def sleep(seconds: float) -> None:
+        pictures.append(seconds)
+        if len(pictures) == 3:
+            raise KeyboardInterrupt
+
+    world.clock.sleep = sleep
+    result = world("status", "--watch")
+    assert result.code == 130
+    assert result.out.count("GROUP") == 3
+    assert pictures == [2.0, 2.0, 2.0]
+
+
+def test_one_hung_appliance_does_not_hold_up_the_others(world) -> None:
+    world.applied()
+    hung = threading.Event()
+
+    def hang(params, progress):
+        hung.wait(1.0)
+        raise ApplianceUnreachable("no answer within 1 s")
+
+    world.beta.replies["group.list"] = hang
+    begin = time.monotonic()
+    assert world("status").code == 3
+    assert time.monotonic() - begin < 5.0

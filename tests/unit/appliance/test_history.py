@@ -1,0 +1,68 @@
+"""The history: what was changed is noted with its outcome, what only reads is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from drctl.appliance.history import History
+from drctl.errors import WrongPhase
+
+
+def refuse(params, progress):
+    raise WrongPhase("web is paused")
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    return History(tmp_path / "history.jsonl")
+
+
+def test_a_changing_method_is_noted_with_who_and_what(history: History) -> None:
+    handlers = history.watch({"test.start": lambda params, progress: {"id": "t1"}})
+    params = {"group": "web", "checkpoint": "#12", "machines": ["db"], "by": "ann"}
+    assert handlers["test.start"](params, print) == {"id": "t1"}
+    (entry,) = handlers["appliance.history"]({"group": "", "limit": 5}, print)
+    assert entry["user"] == "ann"
+    assert (entry["method"], entry["group"], entry["outcome"]) == ("test.start", "web", "done")
+    assert entry["detail"] == "checkpoint #12, machines db"
+
+
+def test_a_failure_is_noted_and_still_raised(history: History) -> None:
+    handlers = history.watch({"replicate.pause": refuse})
+    with pytest.raises(WrongPhase):
+        handlers["replicate.pause"]({"group": "web"}, print)
+    assert history.entries()[0]["outcome"] == "wrong-phase"
+    assert history.entries()[0]["detail"] == "web is paused"
+
+
+def test_reading_and_processes_are_no_history(history: History) -> None:
+    handlers = history.watch({name: lambda params, progress: {} for name in ("group.status", "shipper.report")})
+    for handler in list(handlers.values())[:2]:
+        handler({}, print)
+    assert history.entries() == []
+
+
+def test_group_put_is_noted_under_its_group(history: History) -> None:
+    history.watch({"group.put": lambda params, progress: {}})["group.put"]({"spec": {"name": "web"}}, print)
+    assert [entry["group"] for entry in history.entries("web")] == ["web"]
+    assert history.entries("other") == []
+
+
+def test_newest_entries_oldest_first(history: History) -> None:
+    for number in range(5):
+        history.note("checkpoint.tag", {"group": "web", "tags": [str(number)]}, "done")
+    assert [entry["detail"] for entry in history.entries(limit=2)] == ["tags 3", "tags 4"]
+
+
+def test_a_torn_last_line_is_left_out(history: History, tmp_path: Path) -> None:
+    history.note("commit", {"group": "web"}, "done")
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"time": 1, "met')
+    assert [entry["method"] for entry in history.entries()] == ["commit"]
+
+
+def test_a_full_disk_does_not_fail_what_was_done(tmp_path: Path) -> None:
+    history = History(tmp_path / "absent" / "history.jsonl")
+    assert history.watch({"commit": lambda params, progress: {"ok": 1}})["commit"]({"group": "web"}, print) == {"ok": 1}
