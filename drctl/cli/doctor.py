@@ -25,9 +25,9 @@ from drctl.cli.diagnosis import (
     warning,
 )
 from drctl.cli.group_file import read_groups
-from drctl.cli.inventory import ask, take_inventory
+from drctl.cli.inventory import ask, in_parallel, take_inventory
 from drctl.cli.options import Format, Output, begin, examples, noun
-from drctl.cli.status import picture
+from drctl.cli.status import draw
 from drctl.cli.vm import find
 from drctl.errors import ConfigInvalid, DrctlError
 from drctl.model.site import Host
@@ -60,12 +60,11 @@ def doctor(ctx: typer.Context, output: Output = Format.TEXT) -> int:
 def examine(context: Context) -> list[Finding]:
     """Everything that can be found from here. Raises ConfigInvalid when not even the configuration can be read."""
     findings = _this_machine(NEEDED)
-    reachable = False
-    for host in context.config.hosts:
-        found, answered = _host(context, host)
-        findings += found
-        reachable = reachable or answered
-    return [*findings, *_files(context), *_groups(context)] if reachable else findings
+    looked = in_parallel(lambda host: _host(context, host), context.config.hosts)
+    findings += [finding for found, _ in looked for finding in found]
+    if not any(answered for _, answered in looked):
+        return findings
+    return [*findings, *_files(context), *_groups(context)]
 
 
 def _host(context: Context, host: Host) -> tuple[list[Finding], bool]:
@@ -97,9 +96,10 @@ def _files(context: Context) -> list[Finding]:
 
 def _groups(context: Context) -> list[Finding]:
     inventory = take_inventory(context)
-    pictures = [picture(context, inventory, group) for group in inventory.groups]
+    pictures, failed = draw(context, inventory, inventory.groups)
     machines, _ = find(context)
     findings = [finding for one in pictures for finding in examine_group(one)]
+    findings += [error(one.host.name, f"a group's status can't be told: {one.error}") for one in failed]
     return findings + examine_coverage(machines, pictures)
 
 

@@ -9,7 +9,7 @@ import typer
 from drctl.cli import points, recovery, render
 from drctl.cli.confirm import confirm_name
 from drctl.cli.context import Context
-from drctl.cli.inventory import side
+from drctl.cli.inventory import Inventory, side, take_inventory
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Selector, Yes, begin, examples, noun
 from drctl.errors import PreconditionFailed, Refused
 from drctl.model.site import Host
@@ -52,13 +52,15 @@ def failover(
     One machine's failure does not stop the others: exits with 3 when some failed, with 40 when none runs (42 from a
     dry run that forecasts it). Given again, it goes on with what has failed."""
     context = begin(ctx, output)
-    host = side(context, group, "recovery")
+    inventory = take_inventory(context)
+    host = side(context, group, "recovery", inventory)
     if candidates:
         _candidates(context, host, group)
         return 0
     plan = context.call(host, "failover.plan", group=group, checkpoint=checkpoint, timeout=60)
     found = points.decode(plan["checkpoint"])
     _show_plan(context, host, plan)
+    _warn_of_source(context, inventory, group)
     if dry_run:
         if context.screen.as_json:
             context.document("failover-plan", plan=plan)
@@ -112,6 +114,15 @@ def _show_plan(context: Context, host: Host, plan: dict[str, Any]) -> None:
         say(f"  network {pair[0]} -> {pair[1]}")
     for finding in plan.get("findings") or []:
         say(f"  {finding['severity']}: {finding['message']}" + (f" ({finding['hint']})" if finding.get("hint") else ""))
+
+
+def _warn_of_source(context: Context, inventory: Inventory, group: str) -> None:
+    """The operator may see a source that the recovery site can't see: a broken link is no disaster."""
+    source = inventory.find(group, "source")
+    if source is not None and source.state != "failed-over":
+        place = f"{source.host.site}/{source.host.name}"
+        context.screen.say(f"  WARNING: the source {place} answers from here, the group is {source.state} there;")
+        context.screen.say("  if its machines run on, both sites have one of each, and what the source writes is lost")
 
 
 def _check(plan: dict[str, Any], group: str, source_is_down: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from drctl.cli.context import Context
 from drctl.errors import ApplianceUnreachable, DrctlError, NotFound
@@ -12,6 +12,11 @@ from drctl.model.site import Host
 
 #: A status is wanted within 3 s, also when one appliance hangs.
 READ_TIMEOUT = 2.5
+#: Calls at a time: as many as sixty appliances need to be asked in one go.
+WORKERS = 64
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +69,19 @@ def ask(context: Context, host: Host, method: str, **params: Any) -> Answer:
         return Answer(host, error=exc)
 
 
-def ask_all(context: Context, method: str, hosts: Sequence[Host] | None = None, **params: Any) -> list[Answer]:
+def ask_all(context: Context, method: str, **params: Any) -> list[Answer]:
     """Every appliance's answer, asked in parallel, in the order of the hosts."""
-    hosts = context.config.hosts if hosts is None else hosts
-    if len(hosts) < 2:
-        return [ask(context, host, method, **params) for host in hosts]
+    return in_parallel(lambda host: ask(context, host, method, **params), context.config.hosts)
+
+
+def in_parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
+    """The function's results in the order of the items. With one item no thread is made."""
+    if len(items) < 2:
+        return [function(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
-        return list(pool.map(lambda host: ask(context, host, method, **params), hosts))
+    with ThreadPoolExecutor(max_workers=min(WORKERS, len(items))) as pool:
+        return list(pool.map(function, items))
 
 
 def take_inventory(context: Context) -> Inventory:
@@ -87,11 +96,11 @@ def _place(host: Host, row: dict[str, Any]) -> Place:
     return Place(row["group"], row["role"], host, int(row.get("generation") or 0), str(state), row.get("spec") or {})
 
 
-def side(context: Context, group: str, role: str) -> Host:
+def side(context: Context, group: str, role: str, inventory: Inventory | None = None) -> Host:
     """The host that plays `role` (`source`, `recovery`) for the group.
 
     Raises NotFound, or ApplianceUnreachable when an appliance that may know did not answer."""
-    inventory = take_inventory(context)
+    inventory = inventory or take_inventory(context)
     if place := inventory.find(group, role):
         return place.host
     if inventory.silent:

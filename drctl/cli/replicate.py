@@ -10,10 +10,10 @@ import typer
 from drctl.cli import render
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
-from drctl.cli.inventory import side
+from drctl.cli.inventory import Inventory, side, take_inventory
 from drctl.cli.options import DryRun, GroupName, Timeout, Yes, begin, examples, noun, seconds
 from drctl.cli.protection import describe
-from drctl.cli.status import look
+from drctl.cli.status import draw, look
 from drctl.errors import DrctlError, StepFailed
 
 app = noun("Start, pause, resume and stop the replication of a group.")
@@ -43,12 +43,13 @@ def start(
     The guests run on. Nothing can be recovered until the first sync is done; from then on checkpoints follow at the
     group's interval. A group that is live already stays so. Exits with 3 when the time is over and the sync is not."""
     context = begin(ctx)
-    host = side(context, group, "source")
-    picture = look(context, group)[0][0]
+    inventory = take_inventory(context)
+    host = side(context, group, "source", inventory)
+    picture = draw(context, inventory, [group])[0][0]
     if picture["phase"] in ("live", "syncing", "catching-up"):
         context.screen.say(f"{group} is {picture['phase']} already")
     else:
-        steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture)]
+        steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture, inventory)]
         if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Start replication of {group}?"):
             return 0
         context.call(host, "replicate.start", group=group, timeout=CALL_TIMEOUT)
@@ -127,7 +128,7 @@ def _finish(context: Context, group: str, wait: bool | None, timeout: float | No
         context.screen.line(f"{group} started; see: drctl status {group} --watch")
         return 0
     with context.screen.bar(group) as update:
-        picture = wait_until_live(context, group, timeout, lambda now: _draw(update, now))
+        picture = wait_until_live(context, group, timeout, lambda now: _progress(update, now))
     if picture is None:
         context.screen.say(f"{group} is not live after {render.duration(timeout)}; it goes on: drctl status {group}")
         return 3
@@ -155,7 +156,7 @@ def wait_until_live(
         context.clock.sleep(POLL)
 
 
-def _draw(update: render.Update, picture: dict[str, Any]) -> None:
+def _progress(update: render.Update, picture: dict[str, Any]) -> None:
     sync = picture["sync"] or {}
     total = sync.get("total_bytes")
     eta = f", {render.duration(sync['eta'])} left" if sync.get("eta") is not None else ""
@@ -172,7 +173,11 @@ def _target(picture: dict[str, Any]) -> str:
     return f"{recovery['site']}/{recovery['host']}" if recovery else "the recovery site (it does not answer now)"
 
 
-def _disks(picture: dict[str, Any]) -> list[str]:
+def _disks(picture: dict[str, Any], inventory: Inventory) -> list[str]:
+    """What will be read. A source that has not looked at its machines yet knows their names alone."""
+    place = inventory.find(picture["group"], "source")
+    if not picture["machines"] and place is not None:
+        return [f"read all disks of {name}" for name in place.spec.get("machines", [])]
     return [
         f"read {machine['name']} {disk['target']}, {render.size(disk.get('size'))}"
         for machine in picture["machines"]

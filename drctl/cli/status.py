@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from drctl.cli import render
 from drctl.cli.context import Context
-from drctl.cli.inventory import Inventory, Place, ask, take_inventory
+from drctl.cli.inventory import Answer, Inventory, Place, ask, in_parallel, take_inventory
 from drctl.cli.options import Format, MaybeGroup, Output, begin, examples, noun
 from drctl.cli.protection import describe, merge, sync_share
 from drctl.errors import ApplianceUnreachable, NotFound
@@ -46,34 +47,42 @@ def status(
 
 
 def look(context: Context, group: str = "") -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The pictures of the groups (of one, when named), and who did not answer.
+    """The pictures of the groups (of one, when named), and what could not be asked, and why.
 
     Raises NotFound, or ApplianceUnreachable when the group may be known to an appliance that is silent."""
     inventory = take_inventory(context)
-    silent = [{"host": answer.host.name, "message": str(answer.error)} for answer in inventory.silent]
-    names = [group] if group else inventory.groups
     if group and group not in inventory.groups:
-        if silent:
-            raise ApplianceUnreachable(
-                f"group {group!r} was not found; {silent[0]['message']}", hint="see: drctl doctor"
-            )
+        if inventory.silent:
+            reason = str(inventory.silent[0].error)
+            raise ApplianceUnreachable(f"group {group!r} was not found; {reason}", hint="see: drctl doctor")
         raise NotFound("group", group, known=inventory.groups)
-    return [picture(context, inventory, name) for name in names], silent
+    pictures, failed = draw(context, inventory, [group] if group else inventory.groups)
+    return pictures, [
+        {"host": answer.host.name, "message": str(answer.error)} for answer in (*inventory.silent, *failed)
+    ]
 
 
-def picture(context: Context, inventory: Inventory, group: str) -> dict[str, Any]:
-    """One group's picture, from both sides at once."""
-    places = [inventory.find(group, role) for role in ("source", "recovery")]
-    results = [_side(context, place) for place in places]
-    merged = merge(group, results[0], results[1], context.clock.time())
-    return merged | {"source": _where(places[0]), "recovery": _where(places[1])}
+def draw(context: Context, inventory: Inventory, groups: Sequence[str]) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """The groups' pictures, all sides asked at once; and the answers that are errors."""
+    places = [inventory.find(group, role) for group in groups for role in ("source", "recovery")]
+    answers = in_parallel(lambda place: _ask(context, place), places)
+    pictures = []
+    for group, place, source, recovery in zip(groups, _pairs(places), answers[::2], answers[1::2], strict=True):
+        merged = merge(group, _result(source), _result(recovery), context.clock.time())
+        pictures.append(merged | {"source": _where(place[0]), "recovery": _where(place[1])})
+    return pictures, [answer for answer in answers if answer is not None and answer.failed]
 
 
-def _side(context: Context, place: Place | None) -> dict[str, Any] | None:
-    if place is None:
-        return None
-    result = ask(context, place.host, "group.status", group=place.group, role=place.role).result
-    return result if isinstance(result, dict) else None
+def _pairs(places: list[Place | None]) -> list[tuple[Place | None, Place | None]]:
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def _ask(context: Context, place: Place | None) -> Answer | None:
+    return ask(context, place.host, "group.status", group=place.group, role=place.role) if place else None
+
+
+def _result(answer: Answer | None) -> dict[str, Any] | None:
+    return answer.result if answer is not None and isinstance(answer.result, dict) else None
 
 
 def _where(place: Place | None) -> dict[str, str] | None:

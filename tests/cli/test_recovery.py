@@ -230,3 +230,14 @@ def test_the_operator_is_named_to_the_appliance(web, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SUDO_USER", "ann")
     web("commit", "web", "--yes")
     assert web.beta.called("commit")[0]["by"] == "ann"
+
+
+def test_a_source_that_answers_is_no_disaster_and_that_is_said(web) -> None:
+    assert (
+        "WARNING: the source alpha/a1 answers from here, the group is live there"
+        in web("failover", "web", "--dry-run").err
+    )
+    web.alpha.phases["web"] = "failed-over"
+    assert "WARNING" not in web("failover", "web", "--dry-run").err
+    web.alpha.down = True
+    assert "WARNING" not in web("failover", "web", "--dry-run").err

@@ -135,3 +135,11 @@ def test_a_source_that_does_not_answer(web) -> None:
     result = web("replicate", "pause", "web", "--yes")
     assert result.code == 22
     assert "no answer from a1" in result.err
+
+
+def test_start_names_the_machines_when_the_source_has_not_looked_yet(web) -> None:
+    status = web.alpha.call("group.status", {"group": "web"})
+    web.alpha.replies["group.status"] = status | {"machines": []}
+    assert (
+        "will read all disks of db\nwill read all disks of front" in web("replicate", "start", "web", typed="n\n").err
+    )

@@ -165,3 +165,29 @@ def test_one_hung_appliance_does_not_hold_up_the_others(world) -> None:
     begin = time.monotonic()
     assert world("status").code == 3
     assert time.monotonic() - begin < 5.0
+
+
+def test_a_side_that_can_not_tell_its_status_is_named(world) -> None:
+    from drctl.errors import IntegrityError
+
+    world.applied().beta.replies["group.status"] = IntegrityError("catalog.sqlite is damaged")
+    result = world("status")
+    assert result.code == 3
+    assert "no answer from b1: catalog.sqlite is damaged" in result.err
+
+
+def test_many_groups_are_asked_at_once(world) -> None:
+    world.applied()
+    for number in range(30):
+        for appliance in (world.alpha, world.beta):
+            appliance.groups[f"g{number}"] = appliance.groups["web"] | {"name": f"g{number}"}
+    slow = world.beta._recovery_status
+
+    def wait(params, progress):
+        time.sleep(0.1)
+        return slow(params["group"])
+
+    world.beta.replies["group.status"] = wait
+    begin = time.monotonic()
+    assert len(world("status", "-o", "json").json["groups"]) == 31
+    assert time.monotonic() - begin < 2.0  # 3.1 s one after the other
