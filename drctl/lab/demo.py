@@ -27,6 +27,7 @@ from drctl.store.group_store import GroupStore
 
 DIRECTORY = Path("/var/tmp/drctl-demo")
 GROUP = "web"
+MACHINES = ("web-1", "web-2")
 #: Short, so that a newcomer sees checkpoints come; the default of the product is 5 s.
 INTERVAL = "2s"
 _HISTORY_SECONDS = 16.0
@@ -87,29 +88,32 @@ class Demo:
         self.drctl("status", GROUP)
 
     def survive_corruption(self) -> None:
-        self.title("web-2 is hit: it overwrites its own records with garbage")
+        self.title("web-2 is hit: something encrypts a file on its disk")
+        observer = Observer(self.directory)
         moment = time.time()
-        Observer(self.directory).send("corrupt", guest="web-2", site="alpha", wait=30)
+        observer.send("encrypt", guest="web-2", site="alpha", wait=30)
         # The damage is replicated like every other write, so it has to be in a checkpoint before it can be avoided.
         self._await_checkpoint_after(time.time())
-        damaged = self._judge(self._newest())
-        self.say(f"  newest checkpoint, judged by the witness: {_verdict(damaged)}")
+        number = self._newest()
+        self.say(f"  checkpoint #{number}, judged by the witness: {_verdict(self._judge(number))}")
         stamp = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
-        self.say("  the last checkpoint before it, booted in isolation while replication goes on:")
+        self.say("  The last checkpoint before it, booted in isolation while replication goes on:")
         begun = time.time_ns()
         self.drctl("test", "start", GROUP, "--checkpoint", stamp, "--yes")
         test = self._one_test()
         number = int(test["checkpoint"]["number"])
-        self.say(f"  checkpoint #{number}, judged by the witness: {_verdict(self._prove(number))}")
-        for machine in ("web-1", "web-2"):
-            up = Observer(self.directory).await_up(machine, "beta", after_ns=begun, timeout=_PATIENCE)
+        for machine in MACHINES:
+            # A guest reads and sums its whole file before its first word: what says it is up has it whole.
+            up = observer.await_up(machine, "beta", after_ns=begun, timeout=_PATIENCE)
             self.say(f"  {machine}: first own output {(up - begun) / 1e9:.1f} s after the command")
+        self.say(f"  checkpoint #{number}, judged by the witness: {_verdict(self._prove(number))}")
         self.drctl("test", "stop", str(test["id"]), "--yes")
+        self.say("  (the file is put right at alpha)")
+        observer.send("decrypt", guest="web-2", site="alpha", wait=30)
 
     def lose_the_site(self) -> None:
         self.title("Disaster: alpha's QEMUs, libvirtd and appliance are killed, its disks and your config deleted")
         self._await_checkpoint_after(time.time())
-        self.logs_until = time.time_ns()
         moment = destroy_site(self.directory, "alpha", lambda text: self.say(f"  {text}"))
         time.sleep(1.0)
         self.title("All that is left is beta's own store: fail the group over from there")
@@ -129,8 +133,6 @@ class Demo:
             "--yes",
         )
         self._account(moment, ordered)
-
-    logs_until: int = 0
 
     def _account(self, moment: int, ordered: int) -> None:
         """RPO and RTO of each guest, as the witness proves them."""
@@ -191,7 +193,9 @@ class Demo:
     def _judge(self, number: int) -> Verdict:
         with closing(GroupStore.open(self.home / "store" / GROUP)) as store, closing(store.open_view(number)) as view:
             machines = sorted({disk.machine for disk in view.disks})
-            return judge({name: [view.disk(f"{name}.vda"), view.disk(f"{name}.vdb")] for name in machines})
+            return judge(
+                {name: [view.disk(f"{name}.vda"), view.disk(f"{name}.vdb")] for name in machines}, payload=True
+            )
 
     def _prove(self, number: int) -> Verdict:
         verdict = self._judge(number)

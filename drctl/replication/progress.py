@@ -111,6 +111,7 @@ class Progress:
         self._drained = 0
         self._sync_was_last = False
         self._first_mark_kind = ""
+        self._told_sync = ""
         self._ordered = False
         self.lost_at_receiver = False
 
@@ -218,7 +219,9 @@ class Progress:
         if sync is not None and sync.state is SyncState.DONE and self.needs is not Needs.UNKNOWN:
             if sync.mode != Needs.DIRTY:
                 self.needs = Needs.NOTHING
-            if self.marks.last_number and sync.mode != Needs.INITIAL and sync.total:
+            if self.marks.last_number and sync.mode != Needs.INITIAL and sync.total and sync.id != self._told_sync:
+                # Each acknowledgement tells of the ended sync again; only the first mark after it is its own.
+                self._told_sync = sync.id
                 self._first_mark_kind = "resync"
 
     def drained(self, dropped: int) -> None:

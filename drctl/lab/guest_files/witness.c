@@ -90,6 +90,7 @@ static int console = -1, port = -1, wake = -1;
 static uint32_t boot_number;
 static atomic_uint rate;     /* records a second and chain; 0: as fast as it goes */
 static atomic_bool writing;  /* chains may issue writes */
+static atomic_bool encrypted; /* the payload is noise now */
 static atomic_int in_flight; /* chains between "may issue" and "completed" */
 static volatile sig_atomic_t ending; /* LINUX_REBOOT_CMD_… wanted by a signal */
 
@@ -490,6 +491,25 @@ static void corrupt(uint64_t *buffer)
     report("DONE corrupt");
 }
 
+/* Milder ransomware: a CHUNK of the guest's own file (its payload) is turned into noise by a key stream, and back by the
+ * same. The chains go on. A guest that boots from an encrypted file finds that its sum does not match, and halts. */
+static void crypt_payload(uint64_t *buffer, const char *line)
+{
+    uint64_t key = 0x9e3779b97f4a7c15;
+    if (pread(disk[0], buffer, CHUNK, super.payload_offset) != CHUNK)
+        halt_here("can't read the payload");
+    for (size_t i = 0; i < CHUNK / 8; i++) {
+        key ^= key << 13;
+        key ^= key >> 7;
+        key ^= key << 17;
+        buffer[i] ^= key;
+    }
+    if (pwrite(disk[0], buffer, CHUNK, super.payload_offset) != CHUNK)
+        halt_here("can't write the payload");
+    fdatasync(disk[0]);
+    report("DONE %s", line);
+}
+
 static void obey(const char *line, void *buffer)
 {
     unsigned wanted;
@@ -513,6 +533,12 @@ static void obey(const char *line, void *buffer)
         report("DONE go");
     } else if (!strcmp(line, "corrupt")) {
         corrupt(buffer);
+    } else if (!strcmp(line, "encrypt")) {
+        if (!atomic_exchange(&encrypted, true))
+            crypt_payload(buffer, line);
+    } else if (!strcmp(line, "decrypt")) {
+        if (atomic_exchange(&encrypted, false))
+            crypt_payload(buffer, line);
     } else if (!strcmp(line, "power off")) {
         end(LINUX_REBOOT_CMD_POWER_OFF);
     } else if (!strcmp(line, "reboot")) {
