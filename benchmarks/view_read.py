@@ -2,7 +2,7 @@
 
 `python benchmarks/view_read.py [--size MIB] [--journal MIB] [--rounds N]`. All servers run at once and are read in turn
 (alternated, so that another load on the machine meets all of them), from the page cache; printed are medians and the
-view's share of the best peer. The journal holds 4 KiB writes at random places (a database) and 1 MiB writes (copies)."""
+view's share of the best peer. The journal holds 4 KiB writes at random places (a database) and 1 MiB ones (copies)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 from drctl.appliance.recovery_commit import localize
 from drctl.appliance.recovery_end import take_down
 from drctl.appliance.recovery_forecast import forecast, scratch_limit
-from drctl.appliance.recovery_guard import Guard
+from drctl.appliance.recovery_guard import Background, Guard
 from drctl.appliance.recovery_ports import Progress, Recoverable, Tools
 from drctl.appliance.recovery_state import (
     LIVE,
@@ -35,8 +35,6 @@ from drctl.model.checkpoint import Checkpoint, resolve
 KEEP_ENDED_SECONDS = 7 * 86400
 
 log = logging.getLogger(__name__)
-
-Background = Callable[[str, Callable[[], None]], None]
 
 
 def in_thread(name: str, action: Callable[[], None]) -> None:
@@ -261,7 +259,7 @@ class Recovery:
 
     def _adopt(self, record: RecoveryRecord) -> _Work:
         steps = Steps(self._tools, self._files, record)
-        work = _Work(steps, Guard(self._tools, steps))
+        work = _Work(steps, Guard(self._tools, steps, self._background))
         with self._lock:
             return self._live.setdefault(record.id, work)
 
@@ -294,7 +292,8 @@ class Recovery:
     def _recommit(self, work: _Work, restarted: bool) -> None:
         if restarted:
             self._restart(work)
-        self._tools.views.ensure(work.record)
+        if work.record.needs_view:
+            self._tools.views.ensure(work.record)
         localize(self._tools, work.steps, lambda _: None)
         self._forget(work)
 

@@ -5,6 +5,7 @@ Also says when a test has used up its scratch. Called every 250 ms by the superv
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,9 @@ SCRATCH_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
+#: Runs an action in a thread of that name; tests run it at once.
+Background = Callable[[str, Callable[[], None]], None]
+
 
 @dataclass(slots=True)
 class Patience:
@@ -53,6 +57,8 @@ class Guard:
 
     tools: Tools
     steps: Steps
+    background: Background
+    _restarting: bool = False
     _view: Patience = field(default_factory=Patience)
     _machines: dict[str, Patience] = field(default_factory=dict)
     _alert_until: float = 0.0
@@ -75,20 +81,30 @@ class Guard:
 
     def _look_at_view(self, now: float) -> None:
         recovery = self.steps.recovery
-        if "view" not in recovery.times or self.tools.views.alive(recovery):
+        if not recovery.needs_view or self.tools.views.alive(recovery):
             return
         self._alert_until = now + ALERT_SECONDS
-        if not self._view.ready(now):
+        if self._restarting or not self._view.ready(now):
             return
         self._view.tried(now)
+        self._restarting = True
+        # Opening a view takes as long as its journal is deep; the other recoveries must not wait for it.
+        self.background(f"view-{recovery.id}", self._restart_view)
+
+    def _restart_view(self) -> None:
+        recovery = self.steps.recovery
         try:
-            if self.tools.views.ensure(recovery):
+            if recovery.needs_view and self.tools.views.ensure(recovery):
                 recovery.view_restarts += 1
                 log.warning("%s: the view server had died and was started again", recovery.id)
                 self.steps.save()
+            if not recovery.needs_view:
+                self.tools.views.end(recovery)  # the recovery was ended or committed meanwhile
         except DrctlError as exc:
             log.warning("%s: the view server does not start: %s", recovery.id, exc.message)
-        self._alert_until = self.tools.clock.monotonic() + ALERT_SECONDS
+        finally:
+            self._restarting = False
+            self._alert_until = self.tools.clock.monotonic() + ALERT_SECONDS
 
     def _look_at_machine(self, machine: RecoveredMachine, now: float) -> None:
         patience = self._machines.setdefault(machine.name, Patience())

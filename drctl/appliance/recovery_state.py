@@ -129,6 +129,11 @@ class RecoveryRecord:
     def guarded(self) -> bool:
         return self.phase in GUARDED
 
+    @property
+    def needs_view(self) -> bool:
+        """A view stands, or should, under some disk of a guest."""
+        return self.guarded and "view" in self.times and not all(disk.localized for _, disk in self.disks())
+
     def disks(self) -> Iterator[tuple[RecoveredMachine, RecoveredDisk]]:
         return ((machine, disk) for machine in self.machines for disk in machine.disks)
 

@@ -132,3 +132,30 @@ def test_a_committed_failover_has_no_view_to_restart(recovery, world):
     assert result["phase"] == RecoveryPhase.COMMITTED
     look(recovery, world, 3)
     assert world.views.running == set()
+
+
+def test_a_view_restarted_while_its_test_is_ended_does_not_stay(world, tmp_path):
+    """The restart runs in a thread of its own; the end of the test may overtake it."""
+    waiting = []
+
+    def later(name, action):
+        waiting.append(action)
+
+    recovery = Recovery(world.tools(), RecoveryFiles(tmp_path), "boot", background=later, parallel=1)
+    identity = start(recovery)
+    real = world.views.ensure
+
+    def ensure(record):
+        recovery.test_stop({"id": identity}, lambda _: None)
+        return real(record)
+
+    world.views.running.clear()
+    world.views.ensure = ensure
+    world.clock.sleep(1)
+    recovery.supervise()
+    assert len(waiting) == 1
+    recovery.supervise()
+    assert len(waiting) == 1
+    waiting[0]()
+    assert world.views.running == set()
+    assert recovery.test_list({}, lambda _: None) == []
