@@ -193,7 +193,7 @@ class LibvirtHypervisor:
         """Forget a machine with all that libvirt keeps of it. Its disks stay."""
         domain = self._domain(name)
         with self._connection.translated(name):
-            domain.undefineFlags(_UNDEFINE)
+            domain.undefineFlags(_UNDEFINE if self._is_qemu() else 0)  # other drivers know none of the flags
 
     def set_autostart(self, name: str, on: bool) -> None:
         domain = self._domain(name)

@@ -134,7 +134,8 @@ class Mirror:
         """The first sequence of the ring from which on every prefix holds all that the guest's writes depend on.
 
         `read_sequence` reads PUBLISHED; `connected` tells whether the tap has this disk's connection now (its
-        CONNECTION word is not 0). Raises HypervisorRefused with what is left when the time is over.
+        CONNECTION word is not 0, and its heartbeat is fresh: a dead tap clears no word). Raises HypervisorRefused with
+        what is left when the time is over.
 
         Why it is right. After a lost or refused write QEMU's bitmap holds what is missing at the tap. The steps:
 

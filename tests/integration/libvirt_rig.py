@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+
+
+def libvirt_missing() -> str:
+    """Why there is no libvirt to test with; empty when there is."""
+    for tool in ("/usr/sbin/libvirtd", "/usr/bin/qemu-system-x86_64"):
+        if not Path(tool).exists():
+            return f"{tool} is not installed"
+    try:
+        importlib.import_module("libvirt")
+    except ImportError:
+        return "libvirt-python is not installed"
+    return ""
 
 
 class Libvirtd:
@@ -75,7 +90,8 @@ class Libvirtd:
         """Ends libvirtd and what it started: only processes whose pid files are in our own directory."""
         self.stop()
         for pid_file in self.directory.glob("run/libvirt/qemu/run/*.pid"):
-            subprocess.run(["kill", "-9", pid_file.read_text().strip()], check=False)
+            with suppress(ProcessLookupError, ValueError):
+                os.kill(int(pid_file.read_text()), signal.SIGKILL)
         self._log.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 

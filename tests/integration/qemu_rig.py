@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from drctl.errors import HostUnreachable
 from drctl.hypervisor.qmp import QmpSocket, command
 
 #: The node that a guest's disk would have as its root, and the export that stands for the guest's device.
@@ -54,7 +55,11 @@ class Rig:
         self._processes: list[subprocess.Popen[bytes]] = []
         self.disk.touch()
         os.truncate(self.disk, size)
-        self._start(iothread)
+        try:
+            self._start(iothread)
+        except BaseException:
+            self._end_processes()
+            raise
 
     def _start(self, iothread: bool) -> None:
         monitor_path = self.directory / "qmp.sock"
@@ -69,8 +74,7 @@ class Rig:
             arguments += ["--chardev", f"socket,id=qmp,path={monitor_path},server=on,wait=off"]
             arguments += ["--monitor", "chardev=qmp"]
         self.qemu = self.run(self._binary, *arguments)
-        until(monitor_path.exists, what="QMP socket")
-        self.monitor = QmpSocket(str(monitor_path))
+        self.monitor = until(lambda: _monitor(monitor_path), what="QMP socket")
         self._export(iothread)
 
     def _export(self, iothread: bool) -> None:
@@ -122,8 +126,10 @@ class Rig:
     def connected(self) -> bool:
         """Whether QEMU has a connection to what listens on the tap's socket now."""
         table = Path("/proc/net/unix").read_text().splitlines()
-        # State 03 is connected; the accepting side of a connection carries the listener's path.
-        return any(line.endswith(str(self.tap_socket)) and line.split()[5] == "03" for line in table)
+        # State 03 is connected; the accepting side of a connection carries the path that the listener was bound to: a
+        # tap's has a tilde, since it gets its name when it listens.
+        bound = (str(self.tap_socket), f"{self.tap_socket}~")
+        return any(line.endswith(bound) and line.split()[5] == "03" for line in table)
 
     def write(self, offset: int, length: int, pattern: int = 0xA5) -> None:
         """One write of the guest; fails when the guest would see an I/O error."""
@@ -153,13 +159,24 @@ class Rig:
         """Whether source and target hold the same bytes (both idle)."""
         return self.disk.read_bytes() == (self.directory / "target.raw").read_bytes()
 
-    def close(self) -> None:
+    def _end_processes(self) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
             process.wait(10)
+
+    def close(self) -> None:
+        self._end_processes()
         self.monitor.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _monitor(path: Path) -> QmpSocket | None:
+    """A socket is there before somebody listens on it."""
+    try:
+        return QmpSocket(str(path))
+    except HostUnreachable:
+        return None
 
 
 def _unix(path: Path) -> dict[str, Any]:
