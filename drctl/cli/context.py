@@ -5,6 +5,7 @@ The only module of the command line that constructs clients. Everything is made 
 from __future__ import annotations
 
 import os
+import pwd
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -75,8 +76,11 @@ class Settings:
     @property
     def operator(self) -> str:
         """Who gives the command, also behind sudo."""
-        names = (self.environment.get(name) for name in ("SUDO_USER", "USER", "LOGNAME"))
-        return next((name for name in names if name), f"uid {os.getuid()}")
+        try:
+            own = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            own = f"uid {os.getuid()}"
+        return self.environment.get("SUDO_USER") or own
 
     @property
     def home_directory(self) -> Path:

@@ -99,7 +99,9 @@ def examine_group(picture: Mapping[str, Any]) -> list[Finding]:
     group, phase = str(picture["group"]), picture["phase"]
     see = f"see: drctl status {group}"
     if picture["recovery_mode"] == "failed-over":
-        return [info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
+        return _failed_over(picture)
+    if phase is None:
+        return [info(group, "its source side was not asked or does not answer"), *_keeping(picture, see)]
     if phase == "broken":
         return [error(group, f"is broken: {picture['reason']}", f"mend it, then: drctl replicate resume {group}")]
     if phase in ("unprotected", "paused"):
@@ -109,6 +111,24 @@ def examine_group(picture: Mapping[str, Any]) -> list[Finding]:
     if picture["link"] and picture["link"].get("state") not in ("connected", None):
         found.append(error(group, f"the link is {picture['link']['state']}", see))
     return found
+
+
+def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
+    """A group that reigns at the recovery site: is it final, and does the old source keep still?"""
+    group = str(picture["group"])
+    source = picture["source"] or {}
+    found = [
+        error(
+            f"{group}.{machine['name']}",
+            f"runs at {source.get('site')}/{source.get('host')}, though {group} reigns at the other site: two of one",
+            "power it off there: whatever it writes is lost",
+        )
+        for machine in picture["machines"]
+        if machine.get("state") == "running"
+    ]
+    if any(one.get("state") == "committed" for one in picture["recoveries"]):
+        return [*found, warning(group, "is failed over and committed; nothing protects it at its new site")]
+    return [*found, info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
 
 
 def _recovery_point(picture: Mapping[str, Any], see: str) -> list[Finding]:
@@ -153,7 +173,7 @@ def examine_coverage(machines: Iterable[Mapping[str, Any]], pictures: Iterable[M
     if free:
         names = ", ".join(free[:8]) + (", …" if len(free) > 8 else "")
         found.append(
-            info("coverage", f"{len(free)} running machines are in no group: {names}", "drctl vm list --unprotected")
+            info("coverage", f"running machines in no group ({len(free)}): {names}", "drctl vm list --unprotected")
         )
     return found
 

@@ -101,7 +101,11 @@ def _show(context: Context, pictures: list[dict[str, Any]], silent: list[dict[st
         _details(context, pictures[0])
         return
     columns = ("group", "state", "rpo", "newest", "checkpoints", "history", "journal", "backlog", "link", "from", "to")
-    screen.table(columns, [row(picture) for picture in pictures], "no groups; drctl apply sends groups/*.toml out")
+    screen.table(
+        columns,
+        [row(picture) for picture in pictures],
+        "no appliance told of any group" if silent else "no groups; drctl apply sends groups/*.toml out",
+    )
 
 
 def row(picture: dict[str, Any]) -> tuple[str, ...]:

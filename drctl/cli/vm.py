@@ -74,7 +74,7 @@ def find(context: Context) -> tuple[list[dict[str, Any]], list[Answer]]:
     holders = {
         (place.host.name, name): place
         for place in inventory.places
-        if place.role == "source"
+        if place.role == "source" or place.state == "failed-over"
         for name in place.spec.get("machines", [])
     }
     machines: list[dict[str, Any]] = []

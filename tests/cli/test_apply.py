@@ -168,3 +168,15 @@ def test_show_spells_units(world) -> None:
 
 def test_show_of_an_unknown_group(world) -> None:
     assert world("group", "show", "x").code == 11
+
+
+def test_a_recovered_machine_is_shown_with_its_group(world) -> None:
+    from tests.cli.appliance import machine
+
+    world.applied("failed-over").beta.phases["web"] = "failed-over"
+    world.beta.machines = [machine("db")]
+    rows = world("vm", "list", "-o", "json").json["machines"]
+    assert [(row["host"], row["group"], row["phase"], row["protected"]) for row in rows if row["machine"] == "db"] == [
+        ("a1", "web", "failed-over", False),
+        ("b1", "web", "failed-over", False),
+    ]

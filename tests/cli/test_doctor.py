@@ -46,7 +46,7 @@ def test_nothing_answers(web) -> None:
 
 def test_an_unprotected_machine_is_only_told(web) -> None:
     web.alpha.machines.append(machine("lonely"))
-    assert look(web) == (0, [("info", "coverage", "1 running machines are in no group: lonely")])
+    assert look(web) == (0, [("info", "coverage", "running machines in no group (1): lonely")])
 
 
 def test_a_disk_added_to_a_protected_machine(web) -> None:
@@ -126,7 +126,7 @@ def picture(**changes) -> dict:
         "mode": "journal",
         "checkpoints": {"count": 1, "newest": {"number": 1, "time": NOW - 4}},
     }
-    return merge("web", source, recovery, NOW) | changes
+    return merge("web", source, recovery, NOW) | {"source": {"site": "alpha", "host": "a1"}} | changes
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,34 @@ def picture(**changes) -> dict:
             Severity.WARNING,
             "history will be 1m 0s, wanted are 1h 0m",
         ),
-        ({"recovery_mode": "failed-over", "phase": "broken"}, Severity.INFO, "is failed over"),
+        ({"recovery_mode": "failed-over", "phase": "broken", "source": None}, Severity.INFO, "is failed over"),
     ],
 )
 def test_groups(changes, severity, words: str) -> None:
     (finding,) = examine_group(picture(**changes))
     assert finding.severity is severity
     assert words in finding.message
+
+
+def test_a_machine_that_runs_at_both_sites_is_an_error() -> None:
+    source = {"site": "alpha", "host": "a1"}
+    machines = [{"name": "db", "state": "running"}, {"name": "front", "state": "shut-off"}]
+    both = picture(recovery_mode="failed-over", phase="failed-over", machines=machines, source=source)
+    found = examine_group(both)
+    assert [(one.severity, one.subject) for one in found] == [(Severity.ERROR, "web.db"), (Severity.INFO, "web")]
+    assert found[0].message == "runs at alpha/a1, though web reigns at the other site: two of one"
+
+
+def test_a_committed_group_is_not_protected() -> None:
+    done = picture(recovery_mode="failed-over", recoveries=[{"state": "committed"}], source=None)
+    assert [(one.severity, one.message) for one in examine_group(done)] == [
+        (Severity.WARNING, "is failed over and committed; nothing protects it at its new site")
+    ]
+
+
+def test_a_group_seen_from_the_recovery_site_alone() -> None:
+    (finding,) = examine_group(picture(phase=None))
+    assert finding.severity is Severity.INFO
 
 
 def test_a_healthy_group() -> None:
