@@ -150,11 +150,10 @@ class StoreReader:
 
     def definition(self, checkpoint: int | None = None) -> dict[str, Any] | None:
         """The newest DEFINITION's payload, or the newest one in a checkpoint. None when there was never any."""
-        before = None
-        if checkpoint is not None:
-            place = self.find(checkpoint).place
-            before = (place.log, place.offset)
-        return self.definition_before(before)
+        return self._definition_at(self.find(checkpoint) if checkpoint is not None else None)
+
+    def _definition_at(self, mark: Mark | None) -> dict[str, Any] | None:
+        return self.definition_before((mark.place.log, mark.place.offset) if mark else None)
 
     def definition_before(self, before: tuple[int, int] | None) -> dict[str, Any] | None:
         """The newest DEFINITION's payload before (log, offset), or of all."""
@@ -181,7 +180,10 @@ class StoreReader:
 
     def disks(self, checkpoint: int | None = None) -> tuple[GroupDisk, ...]:
         """The group's disks, with the sizes that they had at the checkpoint."""
-        definition = self.definition(checkpoint)
+        return self._disks_at(self.find(checkpoint) if checkpoint is not None else None)
+
+    def _disks_at(self, mark: Mark | None) -> tuple[GroupDisk, ...]:
+        definition = self._definition_at(mark)
         return disks_of(definition) if definition and definition.get("disks") else self.info.disks
 
     # Views
@@ -189,7 +191,7 @@ class StoreReader:
     def open_view(self, number: int, epoch: str = "") -> View:
         """A view of a checkpoint without a pin: it fails once the checkpoint is merged or promoted away."""
         mark = self.find(number, epoch)
-        disks = self.disks(number)
+        disks = self._disks_at(mark)
         return View(self.root, disks, lambda distrust: self._layout(number, mark.epoch, distrust), lambda: None)
 
     def _layout(self, number: int, epoch: str, distrust: Distrust) -> Layout:

@@ -21,24 +21,20 @@ def keep(moments: Sequence[tuple[K, float]], retention: Retention, now: float, h
     taken: set[tuple[float, int]] = set()
     for key, time in moments:
         every = _every(retention, now - time)
-        if every is None:
-            continue
-        slot = (every, int(time // every)) if every else None
-        if slot is None or slot not in taken:
+        slot = (every, int(time // every)) if every else (0.0, 0)
+        # One beyond history has its slot still: what was dropped in its favour is not wanted again.
+        if now - time <= retention.history and (not every or slot not in taken):
             kept.add(key)
-        if slot is not None:
-            taken.add(slot)
+        taken.add(slot)
     return kept
 
 
-def _every(retention: Retention, age: float) -> float | None:
-    """The interval of the rung for a checkpoint of this age, None when it is beyond history."""
-    if age > retention.history or not retention.ladder:
-        return None
+def _every(retention: Retention, age: float) -> float:
+    """The interval of the rung for a checkpoint of this age; the last rung goes on for ever."""
     for rung in retention.ladder:
         if age <= rung.within:
             return rung.every
-    return retention.ladder[-1].every
+    return retention.ladder[-1].every if retention.ladder else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ MERGED = 1
 SYNCING = 2
 #: What a scan reads at once; most frames are below 70 KiB.
 _CHUNK = 4 * 1024 * 1024
+_FIRST_READ = 8 * 1024
 _NAME = re.compile(r"(\d{12})(?:-(\d{12}))?\.seg$")
 
 
@@ -281,8 +282,8 @@ def _damage(path: Path, offset: int, problem: str) -> IntegrityError:
 
 def read_frame(file: int, path: Path, offset: int) -> PlacedFrame:
     """The frame at `offset` of an open segment, checked. Raises IntegrityError."""
-    # One read suffices for a full frame of data: 64 KiB of payload and the extents of 128 writes.
-    data = memoryview(read_at(file, FRAME_HEADER_SIZE + 3072 + 65536, offset))
+    # A frame that compressed well is whole in the first read, and no more than it is fetched from the disk.
+    data = memoryview(os.pread(file, _FIRST_READ, offset))
     header = _header(data, path, offset)
     if header.size > len(data):
         data = memoryview(read_at(file, header.size, offset))
