@@ -23,6 +23,7 @@ from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
 from drctl.appliance.source_service import SourceService
+from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
 from drctl.hypervisor.libvirt import LibvirtHypervisor
@@ -46,7 +47,8 @@ class Appliance:
         self._host = _connect(home.config.uri, self._stopped)
         self._recovery = open_recovery(home.path, home.run, self._host, self._processes)
         self._source = SourceService(home, self._host, self._processes)
-        self._stores = StoreService(home.store, self._recovery.recoveries)
+        self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
+        self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
         self._control = ControlServer(home.control, History(home.path / "history.jsonl").watch(self._handlers()))
 
@@ -80,6 +82,7 @@ class Appliance:
         rings = str(self._home.run / "rings")
         self._processes.ensure("watchdog", "drctl.appliance.watchdog", [rings])
         self._receiver.ensure()
+        self._expiry.sweep()
 
     def _handlers(self) -> dict[str, Handler]:
         source, stores, recovery = self._source, self._stores, self._recovery
@@ -93,7 +96,7 @@ class Appliance:
             "replicate.start": source.replicate_start,
             "replicate.pause": source.replicate_pause,
             "replicate.resume": source.replicate_start,
-            "replicate.stop": source.replicate_stop,
+            "replicate.stop": self._replicate_stop,
             "checkpoint.create": source.checkpoint_create,
             "checkpoint.list": stores.checkpoint_list,
             "checkpoint.tag": stores.checkpoint_tag,
@@ -126,9 +129,12 @@ class Appliance:
         name = str(params.get("group"))
         if name in self._source.names():
             self._source.remove(name)
-        else:
-            self._stores.remove(name)
-        return {"group": name, "removed": True}
+            return {"group": name, "removed": True, "kept_until": None}
+        return {"group": name, "removed": True, "kept_until": self._stores.remove(name)}
+
+    def _replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        here = self._source if str(params.get("group")) in self._source.names() else self._stores
+        return here.replicate_stop(params, progress)
 
     def _group_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         del params, progress

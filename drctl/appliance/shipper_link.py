@@ -18,8 +18,6 @@ from drctl.errors import DrctlError
 
 #: A report that is older says nothing about now (the shipper reports each second and on every change).
 REPORT_SECONDS = 5.0
-#: Words in a refusal of the receiver that mean that the other site reigns now.
-SUPERSEDED = ("superseded", "failed over")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,8 @@ class ShipperLink:
         self._worker = worker
         self.config_path: Path = home.run / "shippers" / f"{state.spec.name}.json"
         self._taken: tuple[float, dict[str, Any]] = (0.0, {})
+        #: The pass that is running: its id, when it was first seen, how far it was then.
+        self._sync_seen: tuple[str | None, float, int] = (None, 0.0, 0)
 
     def configure(self, state: GroupState) -> None:
         """Write the shipper's configuration; a running one is ended so that it starts anew with it."""
@@ -85,7 +85,21 @@ class ShipperLink:
 
     def take(self, status: dict[str, Any]) -> None:
         """A report has come in."""
-        self._taken = (time.monotonic(), status)
+        now = time.monotonic()
+        self._taken = (now, status)
+        sync = status.get("sync") or {}
+        if sync.get("id") != self._sync_seen[0]:
+            self._sync_seen = (sync.get("id"), now, int(sync.get("done_bytes") or 0))
+
+    def sync_eta(self) -> float | None:
+        """Seconds until the running pass ends at the pace that it had so far; None while that is not known."""
+        sync = self.status.get("sync") or {}
+        identity, since, begun = self._sync_seen
+        done, total = int(sync.get("done_bytes") or 0), int(sync.get("total_bytes") or 0)
+        elapsed = time.monotonic() - since
+        if identity is None or done <= begun or elapsed < 1.0:
+            return None
+        return max(0, total - done) / ((done - begun) / elapsed)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -106,7 +120,7 @@ class ShipperLink:
             reason=reason,
             sync_active=sync.get("job") == "running",
             sync_done=sync.get("job") == "done",
-            superseded=error.get("refusal") == "refused" and any(word in reason for word in SUPERSEDED),
+            superseded=error.get("refusal") == "superseded",
         )
 
     def call(self, method: str, params: dict[str, Any] | None = None, timeout_seconds: float = 10.0) -> Any:

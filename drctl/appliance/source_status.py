@@ -29,14 +29,14 @@ def source_status(protection: Protection) -> dict[str, Any]:
         "last_checkpoint": {"number": newest["number"], "time": newest["time"]} if newest else None,
         "link": {"state": link.get("state", "unknown"), "offset_ms": link.get("offset_ms"), "error": link.get("error")},
         "backlog_bytes": status.get("backlog_bytes"),
-        "sync": _sync(status),
+        "sync": _sync(status, protection.shipper.sync_eta()),
         "machines": _machines(protection),
         "ring": _ring(status),
         "processes": {"tap": protection.worker.tap_pid(), "shipper": protection.worker.shipper_pid()},
     }
 
 
-def _sync(status: dict[str, Any]) -> dict[str, Any] | None:
+def _sync(status: dict[str, Any], eta: float | None) -> dict[str, Any] | None:
     sync = status.get("sync") or {}
     if not sync.get("mode") or sync.get("state") == "done":
         return None
@@ -45,7 +45,7 @@ def _sync(status: dict[str, Any]) -> dict[str, Any] | None:
         "state": sync.get("state"),
         "done_bytes": sync.get("done_bytes"),
         "total_bytes": sync.get("total_bytes"),
-        "eta": None,
+        "eta": eta,
     }
 
 

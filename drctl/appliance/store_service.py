@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from drctl.appliance.control import Progress
+from drctl.appliance.store_expiry import KEEP_SECONDS, StoreExpiry
 from drctl.errors import IntegrityError, NotFound, Refused, WrongPhase
 from drctl.model.checkpoint import Checkpoint, resolve
 from drctl.model.extent import MiB
 from drctl.model.group import GroupSpec
 from drctl.store.group_info import StoreMode
 from drctl.store.group_store import GroupStore
+from drctl.store.retention import Forecast
 
 #: Bytes of a disk verified between two reports of progress.
 _STEP = 4 * MiB
@@ -27,8 +29,9 @@ FIRST_GENERATION = 1
 class StoreService:
     """The stores under one directory. Opens one anew for each question, so any thread may ask."""
 
-    def __init__(self, directory: Path, recoveries: Callable[[str], list[dict[str, Any]]]) -> None:
+    def __init__(self, directory: Path, expiry: StoreExpiry, recoveries: Callable[[str], list[dict[str, Any]]]) -> None:
         self._directory = directory
+        self._expiry = expiry
         self._recoveries = recoveries
         self._lock = threading.Lock()
 
@@ -42,6 +45,7 @@ class StoreService:
             if not (root / "group.json").exists():
                 GroupStore.create(root, spec.name, FIRST_GENERATION, (), spec.retention).close()
                 return True
+            self._expiry.forget(spec.name)
             with self._open(spec.name) as store:
                 if store.info.retention == spec.retention:
                     return False
@@ -58,9 +62,9 @@ class StoreService:
         with self._open(name) as store:
             info = store.info
             checkpoints = store.checkpoints()
-        ends = [{"number": c.number, "time": c.time} for c in (*checkpoints[:1], *checkpoints[-1:])]
-        journal = sum(path.stat().st_size for path in (self._directory / name).glob("streams/*/*/*"))
+            ahead = store.forecast(time.time())
         history = checkpoints[-1].time - checkpoints[0].time if checkpoints else None
+        ends = [{"number": c.number, "time": c.time} for c in (*checkpoints[:1], *checkpoints[-1:])]
         return {
             "group": name,
             "role": "recovery",
@@ -72,8 +76,9 @@ class StoreService:
                 "oldest": ends[0] if ends else None,
                 "newest": ends[-1] if ends else None,
             },
-            "journal": {"bytes": journal, "limit": info.retention.journal_limit},
-            "history": {"seconds": history, "target": info.retention.history, "forecast": None},
+            "journal": {"bytes": ahead.used, "limit": info.retention.journal_limit},
+            "history": {"seconds": history, "target": info.retention.history, "forecast": _forecast(ahead)},
+            "kept_until": self._expiry.until(name),
             "recoveries": self._recoveries(name),
         }
 
@@ -110,11 +115,20 @@ class StoreService:
                         progress({"done_bytes": done, "total_bytes": total})
         return {"number": chosen.number, "time": chosen.time, "bytes": done, "damaged": damaged}
 
-    def remove(self, name: str) -> None:
-        raise WrongPhase(
-            f"the history of {name} is kept at this site",
-            hint=f"remove {self._directory / name} by hand once it is of no use",
-        )
+    def replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """The source replicates no more; keep what is here for a while."""
+        del progress
+        name = str(params.get("group"))
+        with self._open(name):
+            seconds = float(params.get("keep_replica_seconds") or KEEP_SECONDS)
+            return {"group": name, "kept_until": self._expiry.keep(name, seconds, "replication was stopped")}
+
+    def remove(self, name: str) -> float:
+        """Delete the group's history, after a week. Raises WrongPhase while the group reigns or is tested here."""
+        with self._open(name) as store:
+            if store.info.mode is StoreMode.FAILED_OVER or store.pins():
+                raise WrongPhase(f"{name} is in use at this site", hint=f"see: drctl status {name}", group=name)
+        return self._expiry.keep(name, KEEP_SECONDS, "the group was deleted")
 
     def mode(self, name: str) -> StoreMode:
         with self._open(name) as store:
@@ -127,6 +141,17 @@ class StoreService:
             raise NotFound("group", group, known=self.names())
         with closing(GroupStore.open(root)) as store:
             yield store
+
+
+def _forecast(ahead: Forecast) -> dict[str, Any] | None:
+    """What the limit will make of the history; null while too little is known."""
+    if ahead.at_limit is None:
+        return None
+    return {
+        "seconds": min(ahead.at_limit, ahead.target),
+        "falls_short": ahead.falls_short,
+        "hours_until_short": ahead.hours_until_short,
+    }
 
 
 def _resolve(store: GroupStore, params: dict[str, Any]) -> Checkpoint:
