@@ -1,7 +1,9 @@
 # drctl: two commands for a newcomer, `make demo` and `make test`; the rest is for developers.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-VENV ?= .venv
+ifndef VENV
+VENV := $(shell ./setup.sh --where)
+endif
 BIN := $(VENV)/bin
 
 .PHONY: help setup check test test-long demo bench man clean

@@ -79,6 +79,23 @@ class Observer:
 
         return self._await(look, f"{guest} at {site} has not written {count} records in each chain", timeout)
 
+    def await_more(self, guest: str, site: str, count: int, *, timeout: float = 60) -> int:
+        """Waits until every chain of the guest has `count` acknowledged records more than at the first look at it;
+        returns the host time (ns). Raises StepFailed."""
+        before: list[int] = []
+
+        def look() -> int | None:
+            for seen in self.seen():
+                if (seen.guest, seen.site) != (guest, site) or not seen.numbers:
+                    continue
+                if not before:
+                    before.extend(seen.numbers)
+                enough = all(now >= then + count for now, then in zip(seen.numbers, before, strict=True))
+                return seen.ack_ns if enough else None
+            return None
+
+        return self._await(look, f"{guest} at {site} has not written {count} more records in each chain", timeout)
+
     def logs(self, site: str, *, until_ns: int | None = None) -> dict[str, AckLog]:
         """What the guests of a site had acknowledged when, from witness.log."""
         with self._layout.witness_log.open() as lines:

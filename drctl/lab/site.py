@@ -83,7 +83,7 @@ def keep_capabilities(site: Site, cache: Path) -> None:
 
 
 def _capabilities(site: Site) -> Path:
-    return site.root / "libvirt" / "cache" / "libvirt" / "qemu" / "capabilities"
+    return site.root / "libvirt" / "cache" / "libvirt" / "qemu" / "cache" / "capabilities"
 
 
 def await_libvirtd(site: Site, daemon: Process) -> None:

@@ -1,0 +1,81 @@
+"""Fixtures for every test: a lab of two real libvirt sites, made once per module that asks for it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from drctl.lab import lab, layout, site
+from drctl.lab.disk import FileDisk
+from drctl.lab.judge import Verdict, judge
+from drctl.lab.layout import Layout, Options
+from drctl.lab.observer import Observer
+
+_PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "gcc", "syslinux", "mcopy", "mke2fs", "sfdisk")
+
+
+@dataclass
+class LabRig:
+    """A lab that is up. Sites are named alpha and beta; the guests start at alpha."""
+
+    directory: Path
+    layout: Layout
+    observer: Observer
+
+    def virsh(self, name: str, *arguments: str, timeout: float = 120) -> str:
+        return site.virsh(self.layout.site(name), *arguments, timeout=timeout)
+
+    def state(self, name: str, guest: str) -> str:
+        return site.domain_states(self.layout.site(name)).get(guest, "")
+
+    def images(self, guest: str, name: str = "alpha") -> list[Path]:
+        return [self.layout.site(name).images / f"{guest}.{target}.raw" for target in ("vda", "vdb")]
+
+    def guests(self) -> list[str]:
+        state = layout.load(self.directory)
+        assert state is not None
+        return [guest.name for guest in state.guests]
+
+    def judge(self, name: str = "alpha", *, payload: bool = False) -> Verdict:
+        """The judge's word on the guests' own disks as they are now; the guests must not run."""
+        with ExitStack() as stack:
+            disks = {g: [stack.enter_context(FileDisk(p)) for p in self.images(g, name)] for g in self.guests()}
+            return judge(disks, payload=payload)
+
+
+def _lacking() -> str:
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return ", ".join(program for program in _PROGRAMS if not shutil.which(program, path=path))
+
+
+@pytest.fixture(scope="module")
+def make_lab() -> Iterator[Callable[..., LabRig]]:
+    """Makes labs with given Options; all are down after the module's tests."""
+    if lacking := _lacking():
+        pytest.skip(f"the lab needs {lacking}; run: make setup")
+    made: list[Path] = []
+
+    def make(**options: object) -> LabRig:
+        directory = Path(tempfile.mkdtemp(prefix="drctl-lab-test-", dir="/var/tmp"))
+        directory.rmdir()
+        made.append(directory)
+        lab.up(directory, Options(**options))  # type: ignore[arg-type]
+        state = layout.load(directory)
+        assert state is not None
+        return LabRig(directory, Layout(directory, Path(state.run)), Observer(directory))
+
+    yield make
+    for directory in made:
+        lab.down(directory)
+
+
+@pytest.fixture(scope="module")
+def lab_rig(make_lab: Callable[..., LabRig]) -> LabRig:
+    """Two guests that write at alpha, and an empty beta; no appliances."""
+    return make_lab(appliances=False, rate=20)
