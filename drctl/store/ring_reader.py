@@ -15,7 +15,7 @@ import numpy.typing as npt
 from drctl.errors import IntegrityError
 from drctl.model.extent import BLOCK, FRAME_PAYLOAD, Extent
 from drctl.store.ring import Ring
-from drctl.wire.ring import DESCRIPTOR_SIZE, HEADER_SIZE, RECORD_WRITE, RECORD_ZERO, DiskWord, Word
+from drctl.wire.ring import DESCRIPTOR_SIZE, HEADER_SIZE, RECORD_WRITE, RECORD_ZERO, DiskWord, Word, data_checksum
 
 DESCRIPTOR_DTYPE = np.dtype(
     [
@@ -137,7 +137,7 @@ class RingReader:
     ) -> None:
         checksums = table["data_checksum"].tolist()
         for index, (start, length) in enumerate(zip(starts.tolist(), lengths[: len(table)].tolist(), strict=True)):
-            if length and crc32(data[start : start + length]) != checksums[index]:
+            if length and data_checksum(data[start : start + length]) != checksums[index]:
                 raise IntegrityError(f"{self._ring.path}: the data of record {first + index} is damaged")
 
     def release(self, sequence: int) -> None:

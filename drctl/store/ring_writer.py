@@ -21,6 +21,7 @@ from drctl.wire.ring import (
     DiskWord,
     OrderReason,
     Word,
+    data_checksum,
 )
 
 #: What append returns in place of a sequence when the payload was dropped and its blocks were noted.
@@ -101,9 +102,10 @@ class RingWriter:
             return self._drop(disk, offset, length)
         at = self._data_at + place
         self._memory[at : at + length] = data
+        checksum = data_checksum(data)
         self._place(
             sequence,
-            _CHECKED.pack(sequence, head, offset >> 9, length >> 9, disk, RECORD_WRITE, 0, self.now, crc32(data)),
+            _CHECKED.pack(sequence, head, offset >> 9, length >> 9, disk, RECORD_WRITE, 0, self.now, checksum),
         )
         counts = self._counts[disk]
         counts[0] += 1

@@ -29,6 +29,8 @@ _HEADER = REQUEST.size
 _INITIAL_BUFFER = 256 * 1024
 #: With less room than this behind what is left over, the rest is moved to the front rather than received in morsels.
 _LEAST_ROOM = 64 * 1024
+#: A request from this length on is received alone.
+_LARGE = 128 * 1024
 #: After so many small receptions in a row a buffer that had grown for large writes is given back.
 _SMALL_BEFORE_SHRINKING = 512
 
@@ -78,8 +80,12 @@ class NbdServer:
             if len(view) > _INITIAL_BUFFER and self._small > _SMALL_BEFORE_SHRINKING:
                 self._view = view = memoryview(bytearray(_INITIAL_BUFFER))
             end = 0
-        if self._need > len(view) - self._start or len(view) - end < _LEAST_ROOM:
-            self._make_room(self._need + _LEAST_ROOM)
+        need = self._need
+        if need > len(view) - self._start or len(view) - end < _LEAST_ROOM:
+            self._make_room(need + _LEAST_ROOM)
+        if need > _LARGE:
+            # Up to the end of this request and no further: what came behind it would have to be moved to the front.
+            return self._view[self._end : self._start + need]
         return self._view[self._end :]
 
     def _make_room(self, capacity: int) -> None:

@@ -134,7 +134,7 @@ def test_two_mirrors_share_one_sequence(rig: TapRig, mirror: Mirror) -> None:
 
 def test_a_killed_tap_hurts_no_guest_and_nothing_is_lost(rig: TapRig, mirror: Mirror) -> None:
     """Acknowledged writes are in the ring, failed ones in QEMU's bitmap; together they are the disk."""
-    load = mirror.load("--time_based", "--runtime=3")
+    load = mirror.load("--time_based", "--runtime=3", "--rate_iops=4000")
     for _ in range(3):
         time.sleep(0.5)
         rig.kill_tap()

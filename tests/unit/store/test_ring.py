@@ -375,6 +375,18 @@ def test_a_damaged_record_is_named_and_not_handed_out(pair: Pair) -> None:
         pair.reader.batch(0)
 
 
+@pytest.mark.parametrize("at", [0, 4095, 65536, 3 * 65536 + 100, 256 * 1024 - 4096, 256 * 1024 - 1])
+def test_a_long_record_overwritten_at_an_edge_is_found_out(tmp_path: Path, at: int) -> None:
+    """Its checksum is of samples; what overwrites a record comes over one of its edges."""
+    pair = Pair(tmp_path / "web.ring", 1 << 20)
+    pair.writer.append(4, 0, random.Random(1).randbytes(256 * 1024))
+    pair.writer.publish()
+    assert pair.reader.batch(0) is not None
+    pair.writing.memory[pair.writing.data_at + at] ^= 1
+    with pytest.raises(IntegrityError, match="data of record 1"):
+        pair.reader.batch(0)
+
+
 def test_a_slot_of_another_round_is_found_out(pair: Pair) -> None:
     put(pair, 3)
     memory = pair.writing.memory
