@@ -74,11 +74,12 @@ class Harness:
         return pack(kind, self.span(), None, json.dumps(fields).encode())
 
     def end_sync(self):
-        """Leave mode initial with empty bases."""
-        self.send(
-            self.control(FrameKind.SYNC_BEGIN, sync="a" * 32, mode="initial", disks={"1": 1, "2": 1}),
-            self.control(FrameKind.SYNC_END, sync="a" * 32),
-        )
+        """Leave mode initial, with something in every sector but the last quarter of the bases."""
+        self.send(self.control(FrameKind.SYNC_BEGIN, sync="a" * 32, mode="initial", disks={"1": 1, "2": 1}))
+        for disk in self.disks:
+            for sector in range(0, self.sectors * 3 // 4, 64):
+                self.sync_block(disk.number, sector, bytes([disk.number, sector // 64 + 1]) * (32 * 512))
+        self.send(self.control(FrameKind.SYNC_END, sync="a" * 32))
         self.store.sync()
 
     def write_frames(self, disk, sector, data):

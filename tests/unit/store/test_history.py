@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from drctl.errors import IntegrityError
 from drctl.model.group import Retention, Rung
-from drctl.store import atomic
+from drctl.store import atomic, maintenance, promote
 from drctl.store.group_store import GroupStore
 from drctl.store.journal import SealPolicy
 from drctl.store.maintenance import Maintenance
@@ -127,11 +127,11 @@ class History:
 
 
 def maintain(root, now):
-    maintenance = Maintenance(root, MERGE)
+    keeper = Maintenance(root, MERGE)
     try:
-        return maintenance.run(now)
+        return keeper.run(now)
     finally:
-        maintenance.close()
+        keeper.close()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -200,6 +200,55 @@ def test_maintenance_merges_and_promotes(harness, tmp_path):
     history.check()
     assert maintain(h.root, h.now) == type(done)(0, 0, 0)
     h.close()
+
+
+def test_a_tag_that_comes_during_a_merge_wins(harness, tmp_path):
+    h = harness(tmp_path / "shop", policy=POLICY)
+    long_history(h, marks=20)
+    h.store.set_retention(Retention(history=1e9, ladder=(Rung(20, 0), Rung(1e9, 20))))
+    dropped = set(h.listed()) - set(listed_after_maintenance(h, tmp_path / "copy"))
+    assert dropped
+
+    def tag(name):
+        if name == "fsync merged segment":
+            atomic.set_fault(None)
+            for epoch, number in dropped:
+                assert (epoch, number) in h.listed()
+                h.store.tag(number, "late")
+
+    atomic.set_fault(tag)
+    maintain(h.root, h.now)
+    assert dropped <= set(h.listed())
+    h.check_views()
+    h.close()
+
+
+def test_a_pin_that_comes_before_a_promotion_is_announced_wins(harness, tmp_path, monkeypatch):
+    h = harness(tmp_path / "shop", policy=POLICY)
+    long_history(h, marks=20)
+    epoch, number = h.listed()[1]
+    real = promote.check_segments
+
+    def check(*args):
+        real(*args)
+        h.store.pin("late", number, epoch)
+
+    monkeypatch.setattr(maintenance, "check_segments", check)
+    maintain(h.root, h.now)
+    monkeypatch.undo()
+    assert (epoch, number) in h.listed()
+    h.check_views()
+    h.close()
+
+
+def listed_after_maintenance(h, copy):
+    h.sync()
+    shutil.copytree(h.root, copy)
+    maintain(copy, h.now)
+    reader = GroupStore.open(copy)
+    listed = h.listed(reader)
+    reader.close()
+    return listed
 
 
 def test_views_stay_exact_at_every_step_of_maintenance(harness, tmp_path):
