@@ -21,6 +21,10 @@ from drctl.model.ports import Hypervisor
 #: (its overlay's file system is full, or a frame is damaged: neither is healed by haste).
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 10.0
+#: QEMU reconnects to a view lazily: the first few resumes end in the next pause (measured: up to 5). Only a guest that
+#: pauses on beyond that has another trouble.
+EAGER_RESUMES = 12
+EAGER_RESTARTS = 2
 #: All is forgiven after this long without trouble.
 CALM_SECONDS = 30.0
 #: Without trouble in sight the guests are looked at this often; one call to the hypervisor per machine.
@@ -37,17 +41,22 @@ Background = Callable[[str, Callable[[], None]], None]
 
 @dataclass(slots=True)
 class Patience:
-    """When something may be tried again: at once, then at doubling distances. All times monotonic seconds."""
+    """When something may be tried again: some times at FIRST_DELAY, then at doubling distances. Monotonic seconds."""
 
-    delay: float = 0.0
+    eager: int
+    tries: int = 0
+    delay: float = FIRST_DELAY
     due: float = 0.0
 
     def ready(self, now: float) -> bool:
         return now >= self.due
 
     def tried(self, now: float) -> None:
-        calm = now - self.due > CALM_SECONDS
-        self.delay = FIRST_DELAY if calm or not self.delay else min(self.delay * 2, LONGEST_DELAY)
+        if now - self.due > CALM_SECONDS:
+            self.tries = 0
+        self.tries += 1
+        eager = self.tries <= self.eager
+        self.delay = FIRST_DELAY if eager else min(self.delay * 2, LONGEST_DELAY)
         self.due = now + self.delay
 
 
@@ -59,7 +68,7 @@ class Guard:
     steps: Steps
     background: Background
     _restarting: bool = False
-    _view: Patience = field(default_factory=Patience)
+    _view: Patience = field(default_factory=lambda: Patience(EAGER_RESTARTS))
     _machines: dict[str, Patience] = field(default_factory=dict)
     _alert_until: float = 0.0
     _next_poll: float = 0.0
@@ -68,8 +77,7 @@ class Guard:
     def look(self) -> str:
         """One look; the reason why the test must end, or nothing."""
         now = self.tools.clock.monotonic()
-        self._look_at_view(now)
-        if now >= self._next_poll or now < self._alert_until:
+        if self._view_stands(now) and (now >= self._next_poll or now < self._alert_until):
             self._next_poll = now + CALM_POLL_SECONDS
             for machine in self.steps.recovery.machines:
                 if machine.phase in (MachinePhase.STARTED, MachinePhase.RUNNING):
@@ -79,23 +87,26 @@ class Guard:
             return self._look_at_scratch()
         return ""
 
-    def _look_at_view(self, now: float) -> None:
+    def _view_stands(self, now: float) -> bool:
+        """Whether guests could run; if not, it is being seen to. Resuming one now would only pause it again."""
         recovery = self.steps.recovery
         if not recovery.needs_view or self.tools.views.alive(recovery):
-            return
+            return True
         self._alert_until = now + ALERT_SECONDS
         if self._restarting or not self._view.ready(now):
-            return
+            return False
         self._view.tried(now)
         self._restarting = True
         # Opening a view takes as long as its journal is deep; the other recoveries must not wait for it.
         self.background(f"view-{recovery.id}", self._restart_view)
+        return False
 
     def _restart_view(self) -> None:
         recovery = self.steps.recovery
         try:
             if recovery.needs_view and self.tools.views.ensure(recovery):
                 recovery.view_restarts += 1
+                self._machines = {}
                 log.warning("%s: the view server had died and was started again", recovery.id)
                 self.steps.save()
             if not recovery.needs_view:
@@ -107,7 +118,7 @@ class Guard:
             self._alert_until = self.tools.clock.monotonic() + ALERT_SECONDS
 
     def _look_at_machine(self, machine: RecoveredMachine, now: float) -> None:
-        patience = self._machines.setdefault(machine.name, Patience())
+        patience = self._machines.setdefault(machine.name, Patience(EAGER_RESUMES))
         hypervisor, name = self.tools.hypervisor, machine.recovery_name
         try:
             if hypervisor.state(name) is not MachineState.PAUSED or not _by_error(hypervisor, name):

@@ -217,6 +217,7 @@ def test_guests_wait_for_a_killed_view_server_and_see_no_error(host):
         back = time.monotonic() - killed
         host.wait(lambda before=before: len(host.said(serial)) > before + 1, what="reads again")
         # 2 s is the aim on an idle machine; this one may be shared by other tests.
+        print(f"back after {back:.2f} s at load {os.getloadavg()[0]:.1f}")
         assert back < 2.0 * max(1.0, os.getloadavg()[0] / 2)
     assert "E" not in host.said(serial)
     (listed,) = host.do("test_list", group="erp")
