@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drctl.appliance.group_state import DiskState, GroupState
-from drctl.errors import DrctlError
+from drctl.errors import DrctlError, StepFailed
 from drctl.hypervisor.attestation import ask
 from drctl.hypervisor.block_graph import MirrorName, MirrorState
 from drctl.hypervisor.mirror import Mirror, find
@@ -89,6 +89,7 @@ class Tapping:
 
     def attach(self, state: GroupState, machine: Machine, numbers: Iterable[int], place: Place) -> None:
         """Attach these disks of a running machine, after clearing away mirrors of earlier epochs."""
+        self._demand_beat()
         monitor = self._monitor(machine.name)
         ours = {MirrorName.of(state.generation, state.epoch, disk.number) for disk in state.disks}
         for stale in find(monitor):
@@ -111,6 +112,7 @@ class Tapping:
         The stamp and the connections must be the same before the first disk's proof and after the last's
         (see Mirror.prove_order)."""
         with self._lock:
+            self._demand_beat()
             stamp = self._ring.order_stamp()
             running = [m for m in machines if m.state in RUNNING]
             disks = [disk for m in running for disk in _disks_of(state, m.name)]
@@ -121,7 +123,7 @@ class Tapping:
                 for disk in _disks_of(state, machine.name):
                     proven = self._mirror(state, disk, monitor).prove_order(
                         self._ring.published,
-                        lambda number=disk.number: self._ring.connection(number) != 0,  # type: ignore[misc]
+                        partial(self._connected, disk.number),
                         timeout_seconds=timeout_seconds,
                     )
                     sequence = max(sequence, proven)
@@ -137,9 +139,7 @@ class Tapping:
             if machine.state in RUNNING:
                 monitor = self._monitor(machine.name)
                 for disk in _disks_of(state, machine.name):
-                    self._mirror(state, disk, monitor).recover(
-                        lambda number=disk.number: self._ring.connection(number) != 0  # type: ignore[misc]
-                    )
+                    self._mirror(state, disk, monitor).recover(partial(self._connected, disk.number))
 
     def detach(self, state: GroupState, machines: Iterable[Machine], place: Place) -> list[str]:
         """Remove all of drctl's mirrors from the machines; what could not be removed, in words."""
@@ -205,6 +205,15 @@ class Tapping:
             mirror = found.get(MirrorName.of(state.generation, state.epoch, disk.number))
             words[disk.target] = "detached" if mirror is None else "attached" if mirror.healthy else mirror.status
         return words
+
+    def _connected(self, number: int) -> bool:
+        """A dead tap leaves its CONNECTION words set, and an idle guest does not notice: the beat must be fresh."""
+        return self._ring.beating() and self._ring.connection(number) != 0
+
+    def _demand_beat(self) -> None:
+        """While a tap hangs, commands that talk to it hang the whole QEMU; the watchdog frees it. Raises StepFailed."""
+        if not self._ring.beating():
+            raise StepFailed("the tap does not beat")
 
     def _monitor(self, machine: str) -> Monitor:
         return partial(self._host.monitor, machine)
