@@ -205,8 +205,7 @@ class Progress:
             raise WrongPhase(f"a {self.sync.mode} sync is running already")
         place = self.remote_sync
         if place is not None and not place.done and sync.mode != Needs.DIRTY and self.needs in (sync.mode,):
-            sync.id, sync.resume, sync.reached = place.id, place, place
-            sync.state = SyncState.READING
+            sync.resume_at(place)
         self.sync = sync
         return sync
 

@@ -161,6 +161,7 @@ class Receiver:
                 "since_wall_ns": session.since_wall_ns,
                 "sequence": session.sequence,
                 "mark": session.mark,
+                "sync": {"id": "", "disk": 0, "offset": 0} | (msgspec.to_builtins(session.sync) or {}),
                 "received_bytes": session.received_bytes,
                 "acknowledgements": session.acknowledgements,
             }

@@ -38,6 +38,7 @@ class ReceiverSession:
         self.since_wall_ns = time.time_ns()
         self.sequence = 0
         self.mark = 0
+        self.sync: wire.SyncPlace | None = None
         self.received_bytes = 0
         self.acknowledgements = 0
 
@@ -45,7 +46,7 @@ class ReceiverSession:
         """Serve until the source leaves or something must end it. Raises DrctlError after having told the source."""
         try:
             welcome = await self._writer.begin(self.token)
-            self.sequence, self.mark = welcome.position.sequence, welcome.proven_mark
+            self.sequence, self.mark, self.sync = welcome.position.sequence, welcome.proven_mark, welcome.sync
             await self._connection.send(welcome)
             await self._both()
         except DrctlError as exc:
@@ -97,7 +98,7 @@ class ReceiverSession:
 
     async def _make_durable(self, batch: list[bytes]) -> None:
         ack = await self._writer.write(self.token, batch)
-        self.sequence, self.mark = ack.sequence, ack.mark
+        self.sequence, self.mark, self.sync = ack.sequence, ack.mark, ack.sync
         self.acknowledgements += 1
         await self._connection.send(ack)
 

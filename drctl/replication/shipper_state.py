@@ -196,4 +196,5 @@ def _sync(state: ShipperState) -> dict[str, Any]:
         "state": sync.state.value if sync else None,
         "done_bytes": sync.done_bytes if sync else 0,
         "total_bytes": sync.total if sync else 0,
+        "read_bytes": sync.read_bytes if sync else 0,
     }

@@ -57,7 +57,9 @@ class Sync:
     reached: SyncPlace = NOWHERE
     progress_due: bool = False
     no_more_reads: bool = False
+    #: Bytes of the pass that are in the stream, and bytes read by this process, repeated ones too.
     done_bytes: int = 0
+    read_bytes: int = 0
 
     @property
     def active(self) -> bool:
@@ -90,6 +92,19 @@ class Sync:
         self.progress_due = False
         self.since_progress = 0
         self.reached = self.resume
+        self.done_bytes = self._bytes_before(self.resume)
+
+    def _bytes_before(self, place: SyncPlace) -> int:
+        """Of a pass over whole disks; a pass over ranges counts from its last start."""
+        if self.mode == "dirty":
+            return 0
+        return sum(size for disk, size in self.disks.items() if disk < place.disk) + place.offset
+
+    def resume_at(self, place: SyncPlace) -> None:
+        """Go on with a pass that the receiver has begun to make durable: SYNC_BEGIN is there already."""
+        self.id, self.resume = place.id, place
+        self.state = SyncState.READING
+        self.abandon()
 
     def next_read(self) -> Read | None:
         """The front read, taken out, when its data is there."""
@@ -98,6 +113,7 @@ class Sync:
         read = self.reads.popleft()
         self.since_progress += read.extent.length
         self.done_bytes += read.extent.length
+        self.read_bytes += 0 if read.zero else read.extent.length
         self.reached = SyncPlace(self.id, read.disk, read.extent.end)
         if self.since_progress >= PROGRESS_EVERY:
             self.progress_due = True

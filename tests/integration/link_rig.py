@@ -46,10 +46,10 @@ def until(what: Callable[[], object], timeout: float = 20.0, why: str = ""):
         time.sleep(0.02)
 
 
-def call(path: Path, method: str, timeout: float = 40.0, **params):
+def call(path: Path, method: str, patience: float = 60.0, **params):
     """One request to a control socket; the error's dictionary is raised as RuntimeError."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(timeout)
+        sock.settimeout(patience)
         sock.connect(str(path))
         sock.sendall(json.dumps({"method": method, "params": params, "id": 1}).encode() + b"\n")
         line = sock.makefile("rb").readline()

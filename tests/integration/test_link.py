@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import shutil
-import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from link_rig import LinkRig, MiB, until
+from drctl.store.group_store import GroupStore
+from drctl.wire.ring import Word
+from tests.integration.link_rig import LinkRig, MiB, call, until
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="needs qemu-nbd (qemu-utils)")
 
@@ -68,3 +70,217 @@ def test_writes_during_the_first_sync_are_in_it(make_rig):
     assert rig.view(told["number"])[1] == rig.guest.disk(1)
     assert rig.view(told["number"])[2] == rig.guest.disk(2)
     assert rig.check_all() >= 1
+
+
+def test_writes_while_everything_dies(make_rig):
+    """Shipper and receiver killed at random, the link cut, the shipper's supervisor away: no checkpoint is a lie."""
+    live = make_rig(ring_bytes=192 * MiB, slots=65536)
+    live.serve_disks()
+    live.start_receiver()
+    live.start_shipper()
+    live.sync("initial")
+    dice = random.Random(7)
+    stop = threading.Event()
+
+    def guest():
+        seed = 100
+        while not stop.is_set():
+            live.guest.scribble(20, seed, pause=0.002)
+            seed += 1
+
+    writer = threading.Thread(target=guest)
+    writer.start()
+    try:
+        for _ in range(6):
+            time.sleep(dice.uniform(0.3, 1.0))
+            match dice.choice(["shipper", "receiver", "cut", "supervisor"]):
+                case "shipper":
+                    live.kill("shipper")
+                    live.start_shipper()
+                case "receiver":
+                    live.kill("receiver")
+                    live.start_receiver()
+                case "cut":
+                    live.relay.cut()
+                    time.sleep(0.3)
+                    live.relay.mend()
+                case "supervisor":
+                    live.supervisor.stop()
+                    time.sleep(0.3)
+                    live.supervisor.restart()
+    finally:
+        stop.set()
+        writer.join()
+    told = live.mark(timeout=30)
+    assert live.view(told["number"]) == live.guest.prefix(told["sequence"])
+    assert live.view(told["number"])[1] == live.guest.disk(1)
+    assert live.check_all() >= 2
+
+
+@pytest.mark.parametrize("victim", ["shipper", "receiver"])
+def test_killed_in_the_first_sync(make_rig, victim):
+    rig = make_rig(sizes={1: 24 * MiB, 2: 8 * MiB})
+    rig.guest.scribble(2500, 3)
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper(read_limit=12 * MiB)
+    until(lambda: rig.status()["needs"] == "initial")
+    call(rig.short / "ship.sock", "sync.start", mode="initial", disks=rig.exports)
+    until(lambda: rig.receiver_status()["groups"]["web"]["sync"]["offset"] >= 16 * MiB)
+    rig.kill(victim)
+    rig.guest.scribble(100, 4)
+    if victim == "shipper":
+        rig.start_shipper()
+        until(lambda: rig.status()["needs"] == "initial")
+        rig.sync("initial")
+        assert rig.status()["sync"]["read_bytes"] <= 16 * MiB, "it did not go on where it was"
+    else:
+        rig.start_receiver()
+        until(lambda: rig.status()["sync"]["job"] == "done", 30)
+    told = rig.mark()
+    assert rig.view(told["number"]) == rig.guest.prefix(told["sequence"])
+
+
+def test_a_full_ring_is_made_good(make_rig):
+    """The link is down until the ring overflows; the dropped blocks are read again, then marks go on."""
+    rig = make_rig(ring_bytes=MiB)
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    before = rig.mark()
+    rig.relay.cut()
+    rig.guest.scribble(600, 5)
+    assert rig.guest.ring.words[Word.DROPPED] > 0
+    with pytest.raises(RuntimeError, match="dropped blocks"):
+        rig.mark(timeout=1)
+    rig.relay.mend()
+    until(lambda: rig.status()["needs"] == "dirty" and not rig.status()["ring"]["dropping"])
+    writer = threading.Thread(target=rig.guest.scribble, args=(200, 6), kwargs={"pause": 0.003})
+    writer.start()
+    rig.sync("dirty")
+    writer.join()
+    told = rig.mark()
+    assert told["number"] > before["number"]
+    assert rig.view(told["number"])[1] == rig.guest.disk(1)
+    assert rig.view(told["number"])[2] == rig.guest.disk(2)
+    assert rig.view(before["number"]) == rig.guest.prefix(before["sequence"])
+    assert rig.status()["ring"]["dirty_bytes"] == 0
+    rig.check_all()
+
+
+def test_a_shipper_killed_with_dropped_blocks_loses_none(make_rig):
+    rig = make_rig(ring_bytes=MiB)
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    rig.mark()
+    rig.relay.cut()
+    rig.guest.scribble(600, 5)
+    rig.kill("shipper")
+    rig.relay.mend()
+    rig.start_shipper()
+    until(lambda: rig.status()["needs"] == "dirty" and not rig.status()["ring"]["dropping"])
+    rig.sync("dirty")
+    told = rig.mark()
+    assert rig.view(told["number"])[1] == rig.guest.disk(1)
+
+
+def test_marks_of_an_outage_become_checkpoints(live):
+    """The link is cut for several intervals: their marks are checkpoints once it is back."""
+    first = live.mark()["number"]
+    live.relay.cut()
+    for seed in range(3):
+        live.guest.scribble(50, seed)
+        time.sleep(0.6)
+    live.relay.mend()
+    last = live.mark()["number"]
+    numbers = [c.number for c in live.checkpoints()]
+    assert {n for n in range(first, last + 1)} <= set(numbers)
+    live.check_all()
+
+
+def test_what_is_not_attested_is_no_checkpoint(live):
+    live.mark()
+    live.supervisor.answer = {"ok": False, "reason": "the job is gone"}
+    with pytest.raises(RuntimeError, match="the job is gone"):
+        live.mark()
+    count = len(live.checkpoints())
+    time.sleep(1.2)
+    assert len(live.checkpoints()) == count
+    live.supervisor.answer = {"ok": True}
+    assert live.mark()["number"] > count
+
+
+def test_order_is_asked_for_and_no_mark_is_cut_before(live):
+    live.mark()
+    live.supervisor.prove = False
+    live.guest.ring.words[Word.ORDER_STAMP] += 1
+    with pytest.raises(RuntimeError, match="order of writes is not proven"):
+        live.mark(timeout=1)
+    live.supervisor.prove = True
+    assert live.mark()["number"]
+
+
+def test_a_new_ring_needs_a_full_sync_and_older_checkpoints_stay(live):
+    live.guest.scribble(100, 9)
+    old = live.mark()
+    expected = live.guest.prefix(old["sequence"])
+    live.kill("shipper")
+    live.guest.scribble(100, 10)
+    live.guest.new_ring("f" * 32)
+    live.guest.scribble(100, 11)
+    live.start_shipper()
+    until(lambda: live.status()["needs"] == "full")
+    with pytest.raises(RuntimeError, match="full sync is needed"):
+        live.mark(timeout=0.5)
+    live.sync("full")
+    told = live.mark()
+    assert told["kind"] == "resync"
+    assert told["number"] > old["number"]
+    assert live.view(told["number"])[1] == live.guest.disk(1)
+    assert live.view(old["number"]) == expected
+
+
+def test_drain_is_the_end(live):
+    live.guest.scribble(100, 12)
+    told = call(live.short / "ship.sock", "drain", tags=["switchover"])
+    assert told["kind"] == "final"
+    assert live.view(told["number"])[1] == live.guest.disk(1)
+    time.sleep(1.2)
+    assert live.checkpoints()[-1].number == told["number"]
+    assert "switchover" in live.checkpoints()[-1].tags
+
+
+def test_a_definition_that_changes_travels(live):
+    live.mark()
+    live.write_definition(2)
+    until(lambda: definition_version(live) == 2)
+
+
+def definition_version(rig):
+    store = GroupStore.open(rig.store_root)
+    try:
+        return (store.definition() or {}).get("version")
+    finally:
+        store.close()
+
+
+def test_processes_end_cleanly(live):
+    live.mark()
+    assert live.terminate("shipper") == 0
+    assert live.terminate("receiver") == 0
+
+
+def test_a_slow_link_keeps_up_with_the_marks(make_rig):
+    rig = make_rig(latency=0.02)
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    rig.guest.scribble(300, 13)
+    assert rig.view(rig.mark()["number"])[1] == rig.guest.disk(1)
+    link = rig.status()["link"]
+    assert link["round_trip_ms"] >= 20
+    assert abs(link["offset_ms"]) < 100
