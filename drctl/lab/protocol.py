@@ -7,11 +7,12 @@ Guest to host:
     TOKEN CHAIN NUMBER DIGEST       a record that another guest may refer to
     DONE COMMAND    ERROR CHAIN NUMBER ERRNO    BROKEN REASON    ENDING    UNKNOWN LINE
 Host to guest:
-    hello | token GUEST CHAIN NUMBER DIGEST | token - 0 0 | rate N | rate max | stop | go | corrupt | encrypt | decrypt |
-    power off | reboot
+    hello | token GUEST CHAIN NUMBER DIGEST | token - 0 0 | rate N | rate max | stop | go
+    corrupt | encrypt | decrypt | power off | reboot
 
-witness.log: `WALL_NS SITE DOMAIN GUEST` and then one of the guest's lines without its guest, e.g.
-`1764000000123456789 alpha web-1 web-1 ACK 8b26a6ed 90 91 88 90`; the wall time is the host's.
+witness.log: `WALL_NS SITE DOMAIN GUEST` (`-` before its first UP) and then one of the guest's lines but TOKEN, or
+COMMAND LINE (sent to it) or GONE (its channel ended); the wall time is the host's. E.g.
+`1764000000123456789 alpha web-1 web-1 ACK 8b26a6ed 90 91 88 90`.
 """
 
 from __future__ import annotations

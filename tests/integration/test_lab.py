@@ -266,7 +266,8 @@ def test_up_again_changes_nothing_and_leaves_stopped_guests_to_the_operator(lab_
 
 
 def test_down_leaves_nothing_even_when_libvirtd_was_killed(make_lab):
-    rig = make_lab(guests=1, appliances=False, agent=False, chains=2)
+    rig = make_lab(guests=1, appliances=False, agent=False, chains=2, image_format="qcow2")
+    assert "web-1.vda.qcow2" in rig.virsh("alpha", "domblklist", "web-1")
     state = layout.load(rig.directory)
     run = Path(state.run)
     daemon = state.process("alpha/libvirtd")
