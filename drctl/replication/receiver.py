@@ -22,6 +22,7 @@ from drctl.errors import DrctlError, SetupFailed
 from drctl.replication import control
 from drctl.replication.group_writer import GroupWriter, open_writer
 from drctl.replication.link import Connection, Listener
+from drctl.replication.maintenance_child import MaintenanceChild
 from drctl.replication.receiver_session import ReceiverSession, hear_hello, refuse
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Receiver:
         self._rejected: deque[dict[str, Any]] = deque(maxlen=50)
         self._rejections = 0
         self._stopping = asyncio.Event()
+        self._maintenance = MaintenanceChild(self._store)
         self.listener = Listener(config.listen, Path(config.tls), self._serve, self._reject)
         self.listener.bind()
 
@@ -73,6 +75,8 @@ class Receiver:
         log.info("listening on port %d", self.listener.port)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self.listener.run())]
+            if self._config.maintenance:
+                running.append(tasks.create_task(self._maintenance.run()))
             await self._stopping.wait()
             for task in running:
                 task.cancel()
@@ -149,6 +153,7 @@ class Receiver:
             "connected": name in self._sessions,
             "released": writer.released if writer else False,
             "error": self._errors.get(name),
+            "maintenance": self._maintenance.status(name),
             "journal_bytes": writer.journal_bytes() if writer else None,
         }
         if name in self._sessions:
@@ -175,12 +180,14 @@ class Receiver:
         if (old := self._sessions.get(group)) is not None:
             old[1].cancel()
             await asyncio.wait([old[1]], timeout=5)
+        self._maintenance.hold(group)
         await writer.release()
         return {"group": group}
 
     async def _accept(self, params: dict[str, Any]) -> Any:
         """{group}: take streams again; a store that is gone is forgotten."""
         group = str(params["group"])
+        self._maintenance.let_go(group)
         if (writer := self._writers.pop(group, None)) is not None:
             await writer.close()
         return {"group": group}

@@ -273,7 +273,9 @@ class Session:
     def _pass(self, sender: Role, message: Message) -> None:
         kind = type(message)
         allowed = _TABLE[sender, self._state]
-        if kind not in allowed or (kind is Hello) == self._greeted or (kind is not Hello and not self._greeted):
+        # What is no HELLO is answered with REFUSED, before there was one.
+        in_order = kind is Refused or (kind is Hello) != self._greeted
+        if kind not in allowed or not in_order:
             raise ProtocolViolation(f"{kind.__name__.upper()} from the {sender.value} while {self._state.value}")
         self._greeted = True
         self._state = allowed[kind]
