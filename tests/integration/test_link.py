@@ -119,7 +119,7 @@ def test_writes_while_everything_dies(make_rig):
 
 @pytest.mark.parametrize("victim", ["shipper", "receiver"])
 def test_killed_in_the_first_sync(make_rig, victim):
-    rig = make_rig(sizes={1: 24 * MiB, 2: 8 * MiB})
+    rig = make_rig(sizes={1: 24 * MiB, 2: 8 * MiB}, ring_bytes=96 * MiB)
     rig.guest.scribble(2500, 3)
     rig.serve_disks()
     rig.start_receiver()
@@ -283,4 +283,5 @@ def test_a_slow_link_keeps_up_with_the_marks(make_rig):
     assert rig.view(rig.mark()["number"])[1] == rig.guest.disk(1)
     link = rig.status()["link"]
     assert link["round_trip_ms"] >= 20
-    assert abs(link["offset_ms"]) < 100
+    # Both ends have one clock here; a sample is wrong by half its round trip at most.
+    assert abs(link["offset_ms"]) <= link["round_trip_ms"] / 2 + 1
