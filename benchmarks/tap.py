@@ -37,7 +37,6 @@ MiB = 1 << 20
 DISK = 256 * MiB
 RING = 256 * MiB
 EXPORT = "vm.vda"
-RAMP_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -207,25 +206,26 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def run(address: str, load: Load, seconds: float, pid: int) -> dict[str, float]:
+def run(address: str, load: Load, seconds: int, pid: int) -> dict[str, float]:
     """One run, with the processor time that the target spent on each write: it does not depend on who else ran."""
     before = processor_seconds(pid)
     result = fio(address, load, seconds)
     spent = processor_seconds(pid) - before
-    return result | {"cpu_us": spent / (result["iops"] * (seconds + RAMP_SECONDS)) * 1e6}
+    return result | {"cpu_us": spent / result.pop("writes") * 1e6}
 
 
-def fio(address: str, load: Load, seconds: float) -> dict[str, float]:
+def fio(address: str, load: Load, seconds: int) -> dict[str, float]:
     """Random writes over the whole disk: writes per second, and microseconds until each was acknowledged."""
     done = subprocess.run(
         ["fio", "--name=guest", "--ioengine=nbd", f"--uri={address}", "--rw=randwrite", f"--bs={load.block}",
          f"--iodepth={load.depth}", f"--size={DISK}", f"--runtime={seconds}", "--time_based", "--thread",
-         f"--ramp_time={RAMP_SECONDS}", "--randrepeat=0", "--norandommap", "--output-format=json"],
+         "--randrepeat=0", "--norandommap", "--output-format=json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     write = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["write"]
     latency = write["clat_ns"]["percentile"]
     return {
+        "writes": write["total_ios"],
         "iops": write["iops"],
         "MB/s": write["bw_bytes"] / 1e6,
         "p50_us": latency["50.000000"] / 1e3,
@@ -240,7 +240,7 @@ def measure(directory: Path, kind: str, targets: list[Target], options: argparse
     with storage(directory, kind) as (monitor, address):
         for target in targets:  # page in both sides
             with mirrored(monitor, target):
-                fio(address, Load("1M", 8), 0.5)
+                fio(address, Load("1M", 8), 1)
         for number in range(options.rounds):
             for load in loads:
                 turn = number % len(targets)
@@ -298,7 +298,7 @@ def other(text: str) -> Target:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each run")
+    parser.add_argument("--seconds", type=int, default=2, help="of each run (fio takes whole ones)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--source", choices=["file", "null", "both"], default="both")
     parser.add_argument("--load", action="append", choices=[load.name for load in LOADS], help="default: all")

@@ -4,7 +4,9 @@
     python -m drctl.replication.tap --sink EXPORTS SOCKET  acknowledge and discard: for detaching when the tap is dead
 
 Every guest write waits for this process, so it stays small: one thread, one epoll loop over all connections (which is
-what makes one sequence over all disks), and neither asyncio nor numpy nor logging is loaded.
+what makes one sequence over all disks), and neither asyncio nor numpy nor logging is loaded. It does not raise its own
+priority: woken before QEMU has sent the rest of its batch, it answers one by one (nice -10 on a full machine, 4 KiB at
+depth 16: 14,800 writes/s instead of 24,400).
 """
 
 from __future__ import annotations
