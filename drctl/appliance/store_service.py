@@ -63,6 +63,8 @@ class StoreService:
             info = store.info
             checkpoints = store.checkpoints()
             ahead = store.forecast(time.time())
+            definition = store.definition() or {}
+        spec = definition.get("spec") or {}
         history = checkpoints[-1].time - checkpoints[0].time if checkpoints else None
         ends = [{"number": c.number, "time": c.time} for c in (*checkpoints[:1], *checkpoints[-1:])]
         return {
@@ -70,6 +72,8 @@ class StoreService:
             "role": "recovery",
             "mode": info.mode.value,
             "generation": info.generation,
+            "source": {"site": definition.get("source_site"), "host": definition.get("source_host")},
+            "interval": spec.get("checkpoint_interval"),
             "wall_ns": time.time_ns(),
             "checkpoints": {
                 "count": len(checkpoints),

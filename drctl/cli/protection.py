@@ -8,19 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 Status = dict[str, Any]
+UNPROTECTED = "it runs at the recovery site now and is replicated nowhere"
 
 
 def merge(group: str, source: Status | None, recovery: Status | None, now: float) -> Status:
     """One group's picture. `source` and `recovery` are the two `group.status` results (None: no answer);
     `now` is this machine's wall clock, used only where the recovery side does not tell its own."""
     newest = point(recovery, "newest", now)
+    failed_over = _get(recovery, "mode") == "failed-over"
     return {
         "group": group,
         "phase": _get(source, "phase"),
-        "reason": _get(source, "reason") or "",
+        "reason": UNPROTECTED if failed_over else _get(source, "reason") or "",
         "generation": max((int(side.get("generation") or 0) for side in (source, recovery) if side), default=0) or None,
-        "rpo_seconds": newest["age_seconds"] if newest else None,
-        "interval_seconds": _get(source, "interval"),
+        # What runs at the recovery site since a failover is replicated nowhere: the old checkpoints are no RPO of it.
+        "rpo_seconds": newest["age_seconds"] if newest and not failed_over else None,
+        "interval_seconds": _get(source, "interval") or _get(recovery, "interval"),
         "newest": newest,
         "oldest": point(recovery, "oldest", now),
         "checkpoints": _get(recovery, "checkpoints", "count"),

@@ -69,8 +69,10 @@ class Mark:
 
     @property
     def time(self) -> float:
-        """Wall clock at the mark, seconds."""
-        return float(self.fields["wall_ns"]) / 1e9
+        """The mark's moment by *this* site's clock, seconds: the source's wall clock corrected by the measured offset.
+
+        An RPO must not subtract two machines' clocks."""
+        return (int(self.fields["wall_ns"]) + int(self.fields.get("offset_ns") or 0)) / 1e9
 
 
 class Catalog:
