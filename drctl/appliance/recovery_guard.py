@@ -93,7 +93,7 @@ class Guard:
         if not recovery.needs_view or self.tools.views.alive(recovery):
             return True
         self._alert_until = now + ALERT_SECONDS
-        if self._restarting or not self._view.ready(now):
+        if self._restarting or self.steps.cancelled.is_set() or not self._view.ready(now):
             return False
         self._view.tried(now)
         self._restarting = True

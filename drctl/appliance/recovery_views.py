@@ -20,8 +20,9 @@ from drctl.wire.nbd import NBDMAGIC
 MODULE = "drctl.replication.view_server"
 #: A view opens within 2 s; this is for a machine in distress.
 START_SECONDS = 30.0
-#: A server that lives but doesn't greet for so long hangs: it is killed, its guests wait meanwhile.
-HANG_SECONDS = 3.0
+#: A server that lives but doesn't greet for so long hangs: it is killed, its guests wait meanwhile. Not shorter, for a
+#: healthy server on an overloaded host greets late, and killing it would not help.
+HANG_SECONDS = 6.0
 
 
 class Spawner(Protocol):

@@ -156,6 +156,9 @@ class Host:
         if hasattr(self, "_thread"):
             self._thread.join()
         self.recovery.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith(("view-", "end-", "resume-")):
+                thread.join(30)
         for machine in self.hypervisor.machines():
             self.hypervisor.destroy(machine.name)
         for name in self.processes.names():
@@ -234,7 +237,7 @@ def test_a_hung_view_server_is_found_and_replaced(host):
     time.sleep(1.5)
     child = host.processes.find(f"view-{result['id']}")
     os.kill(child.pid, signal.SIGSTOP)
-    host.wait(lambda: (found := host.processes.find(f"view-{result['id']}")) and found.pid != child.pid, 15, "restart")
+    host.wait(lambda: (found := host.processes.find(f"view-{result['id']}")) and found.pid != child.pid, 30, "restart")
     before = len(host.said(serial))
     host.wait(lambda: len(host.said(serial)) > before + 1, what="reads again")
     assert "E" not in host.said(serial)
