@@ -203,19 +203,19 @@ class Listener:
 
     async def _one(self, sock: socket.socket, address: str) -> None:
         try:
-            try:
-                connection = await self._shake_hands(sock, address)
-            finally:
-                self._handshakes.release()
-        except DrctlError as exc:
-            self._rejected(address, exc)
-            return
-        try:
-            await self._serve(connection)
+            await self._meet(sock, address)
         except DrctlError as exc:
             self._rejected(address, exc)
         except Exception:  # the edge: one connection must not end the others
             log.exception("connection from %s", address)
+
+    async def _meet(self, sock: socket.socket, address: str) -> None:
+        try:
+            connection = await self._shake_hands(sock, address)
+        finally:
+            self._handshakes.release()
+        try:
+            await self._serve(connection)
         finally:
             await connection.close()
 

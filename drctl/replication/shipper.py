@@ -145,6 +145,7 @@ class Shipper:
             "status": self._status,
             "mark": self._mark,
             "drain": self._drain,
+            "undrain": self._undrain,
             "sync.start": self._sync_start,
             "sync.cancel": self._sync_cancel,
             "limit": self._limit,
@@ -170,6 +171,11 @@ class Shipper:
         except DrctlError:
             self.state.finished = False
             raise
+
+    async def _undrain(self, _params: dict[str, Any]) -> Any:
+        """The switchover was called off: marks are cut by the clock again."""
+        self.state.finished = False
+        return {}
 
     def _told(self, mark: Mark) -> dict[str, Any]:
         return {

@@ -105,6 +105,7 @@ class StreamSender:
         state.clock.sample(sent_wall, time.monotonic_ns() - sent, welcome.wall_ns)
         state.progress.look(state.ring.look())
         state.progress.welcomed(welcome)
+        state.ring.release(state.progress.released)
         self._settled()
         for message in messages[1:]:
             self._take(message)

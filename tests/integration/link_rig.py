@@ -338,12 +338,13 @@ class LinkRig:
 
     # processes
 
-    def start_receiver(self) -> None:
+    def start_receiver(self, **changes) -> None:
         config = {
             "listen": f"127.0.0.1:{self.receiver_port}",
             "tls": str(self.directory / RECOVERY),
             "store": str(self.directory / "store"),
             "control": str(self.short / "recv.sock"),
+            **changes,
         }
         self._start("receiver", config)
         until(lambda: call(self.short / "recv.sock", "status"), why="receiver up")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from drctl.model.group import Retention
 from drctl.store.group_store import GroupStore
 from drctl.wire.ring import Word
 from tests.integration.link_rig import LinkRig, MiB, call, until
@@ -285,3 +286,43 @@ def test_a_slow_link_keeps_up_with_the_marks(make_rig):
     assert link["round_trip_ms"] >= 20
     # Both ends have one clock here; a sample is wrong by half its round trip at most.
     assert abs(link["offset_ms"]) <= link["round_trip_ms"] / 2 + 1
+
+
+def set_limit(rig, limit):
+    store = GroupStore.open(rig.store_root)
+    store.set_retention(Retention(journal_limit=limit))
+    store.close()
+
+
+def test_a_full_journal_stops_acknowledgements_and_goes_on_when_there_is_room(make_rig):
+    rig = make_rig(ring_bytes=64 * MiB)
+    rig.serve_disks()
+    rig.start_receiver(maintenance=False)
+    rig.start_shipper()
+    rig.sync("initial")
+    before = rig.mark()
+    set_limit(rig, 2 * MiB)
+    rig.guest.scribble(600, 14)
+    status = until(lambda: (s := rig.status())["link"]["state"] == "refused" and s)
+    assert status["link"]["error"]["refusal"] == "out-of-space"
+    assert status["backlog_bytes"] > 0
+    assert rig.receiver_status()["groups"]["web"]["error"]["error"] == "out-of-space"
+    assert rig.view(before["number"]) == rig.guest.prefix(before["sequence"])
+    set_limit(rig, 1024 * MiB)
+    told = rig.mark(timeout=40)
+    assert rig.view(told["number"]) == rig.guest.prefix(told["sequence"])
+    rig.check_all()
+
+
+def test_the_clean_mode_reads_nothing(live):
+    """A clean re-attach: the supervisor knows that nothing was written while the new ring was made."""
+    live.mark()
+    live.kill("shipper")
+    live.guest.new_ring("c" * 32)
+    live.start_shipper()
+    until(lambda: live.status()["needs"] == "full")
+    call(live.short / "ship.sock", "sync.start", mode="clean", disks={})
+    live.guest.scribble(50, 15)
+    told = live.mark()
+    assert live.status()["sync"]["read_bytes"] == 0
+    assert live.view(told["number"]) == live.guest.prefix(told["sequence"])
