@@ -76,5 +76,5 @@ def test_a_zombie_is_dead() -> None:
 
 
 def test_a_program_that_makes_no_socket_has_not_started(processes: Processes, tmp_path: Path) -> None:
-    with pytest.raises(StepFailed, match="did not start|ended at once"):
+    with pytest.raises(StepFailed, match=r"did not start|ended at once"):
         processes.run("export", ["true"], ready=tmp_path / "never.sock")
