@@ -15,7 +15,7 @@ from drctl.store.merge import Candidate, Merge, MergePolicy, plan
 from drctl.store.promote import announce, check_segments, conclude, remove_promoted, write_bases
 from drctl.store.reader import StoreReader, label_of
 from drctl.store.retention import keep
-from drctl.store.run import write_segment_run
+from drctl.store.run import remove_leftovers, write_segment_run
 from drctl.store.segment import Segment, SegmentList, list_segments
 from drctl.store.tier import Indexer, remove_runs
 
@@ -43,9 +43,9 @@ class Maintenance:
             self._group = read_info(root).group
             self._reader = StoreReader(root, writer=True)
             self._indexer = Indexer(root, self._group)
-            for pattern in ("streams/*/*/.*-*.seg.tmp", "runs/.*.run.tmp"):
-                for temp in root.glob(pattern):
-                    atomic.remove(temp)
+            for temp in root.glob("streams/*/*/.*-*.seg.tmp"):
+                atomic.remove(temp)
+            remove_leftovers(root)
         except BaseException:
             os.close(self._lock)
             raise

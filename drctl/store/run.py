@@ -61,6 +61,21 @@ def run_path(root: Path, first: int, last: int) -> Path:
     return root / "runs" / f"{first:012d}-{last:012d}.run"
 
 
+def _temporary(path: Path) -> Path:
+    """Receiver and maintenance, two processes, may make the same run at once: each writes a file of its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what processes that have ended left of unfinished runs; what another that lives is writing stays.
+
+    Only for who holds the maintenance lock: one's own, too, are then left over."""
+    for temp in (root / "runs").glob(".*.run.*tmp"):
+        pid = temp.name.split(".")[-2]
+        if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+            atomic.remove(temp)
+
+
 def tile_of(segments: Iterable[Segment]) -> bytes:
     """Identifies exactly these segments: a merge makes the runs of its inputs worthless."""
     names = ",".join(f"{segment.first}-{segment.last}:{segment.size}" for segment in segments)
@@ -99,7 +114,7 @@ class RunWriter:
     def __init__(self, path: Path, segments: Sequence[Segment]) -> None:
         self._path = path
         self._segments = segments
-        self._temp = atomic.temporary(path)
+        self._temp = _temporary(path)
         self._file = os.open(self._temp, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._fences: list[Any] = []
         self._count = 0
@@ -139,13 +154,19 @@ class RunWriter:
             (zlib.crc32(fences), zlib.crc32(order), zlib.crc32(text)),
         )
         atomic.write_at(self._file, [header.pack()], 0)
-        os.close(self._file)
+        self._close()
         self._temp.replace(self._path)
         atomic.step("rename run")
 
     def abandon(self) -> None:
-        os.close(self._file)
+        """Nothing is left of it; also after a `finish` that failed."""
+        self._close()
         atomic.remove(self._temp)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def _control_json(control: Control) -> list[Any]:
@@ -163,7 +184,7 @@ def write_segment_run(root: Path, segment: Segment, content: Content) -> None:
             writer.add(resolve(log))
             writer.finish(log, content.controls)
         except BaseException:
-            atomic.remove(atomic.temporary(path))
+            writer.abandon()
             raise
 
 

@@ -398,3 +398,16 @@ def test_every_flipped_byte_is_detected_and_never_served(harness, tmp_path):
     for path in paths:
         for offset in range(path.stat().st_size):
             flipped_bit_is_never_served(h, path, offset)
+
+
+def test_maintenance_leaves_alone_what_another_process_is_writing(harness, tmp_path):
+    """The receiver seals and indexes a segment while maintenance, another process, opens the store."""
+    harness(tmp_path / "shop").close()
+    runs = tmp_path / "shop" / "runs"
+    runs.mkdir(exist_ok=True)
+    living, dead = (runs / f".000000000001-000000000001.run.{pid}.tmp" for pid in (1, 2**22 + 1))
+    for temp in (living, dead):
+        temp.touch()
+    Maintenance(tmp_path / "shop").close()
+    assert living.exists()
+    assert not dead.exists()
