@@ -44,6 +44,10 @@ as_root() {
     if [[ $(id -u) = 0 ]]; then "$@"; else sudo "$@"; fi
 }
 
+may_install() {
+    [[ $(id -u) = 0 ]] || command -v sudo >/dev/null
+}
+
 installed() {
     [[ $present == *" $1 "* ]]
 }
@@ -81,6 +85,10 @@ restore_policy() {
 
 install_packages() {
     echo "setup: Debian packages to install: $*"
+    may_install || refuse "that needs root, and there is no sudo; as root: apt-get install --no-install-recommends $*"
+    # Two at once would take each other's policy-rc.d for the machine's own. dpkg's locks are of another kind (fcntl).
+    exec 9</var/lib/dpkg
+    flock 9
     as_root apt-get update -qq
     need qemu-system-x86 "$(candidate qemu-system-x86)" 7.2
     need libvirt-daemon "$(candidate libvirt-daemon)" 9.0
@@ -88,28 +96,32 @@ install_packages() {
     if [[ -e $policy && ! -e $policy.drctl-setup ]]; then as_root mv $policy $policy.drctl-setup; fi
     printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null
     as_root chmod 755 $policy
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" >/dev/null
     restore_policy
     trap - EXIT
+    exec 9<&-
 }
 
 make_environment() {
-    local venv=$1 how sources stamp
+    local venv=$1 python how sources stamp
+    python=$(/usr/bin/python3 -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     how=-e
     sources=$(cat pyproject.toml)
     if [[ $venv != "$here/.venv" ]] && [[ $(id -u) = 0 ]] && ! readable_by_all; then
         how= # a copy: the checkout can't be read by the lab's user; made anew when the sources change
         sources=$(cat pyproject.toml <(find drctl -type f ! -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum))
     fi
-    stamp="$venv/.setup-$(sha256sum <<<"$how $sources" | cut -c1-16)"
+    stamp="$venv/.setup-$(sha256sum <<<"$python $how $sources" | cut -c1-16)"
     if [[ -e $stamp ]]; then return; fi
     # The lab's guest boots the distribution's kernel, which apt must know (it is unpacked, never installed).
-    if [[ -z $(candidate linux-image-cloud-amd64)$(candidate linux-image-virtual) ]]; then
+    if [[ -z $(candidate linux-image-cloud-amd64)$(candidate linux-image-virtual) ]] && may_install; then
         echo "setup: reading the package lists"
         as_root apt-get update -qq
     fi
     echo "setup: virtual environment in $venv (from /usr/bin/python3): drctl and the packages of pyproject.toml"
-    [[ -x $venv/bin/python ]] || /usr/bin/python3 -m venv "$venv"
+    # The distribution may have moved to a newer Python since.
+    [[ -x $venv/bin/python && -d $venv/lib/$python ]] || /usr/bin/python3 -m venv --clear "$venv"
     "$venv/bin/pip" install -q --disable-pip-version-check ${how:+"$how"} '.[dev]'
     if [[ -z $how ]]; then "$venv/bin/pip" install -q --disable-pip-version-check --force-reinstall --no-deps .; fi
     rm -f "$venv"/.setup-*

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,12 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from drctl.lab import lab, layout, site
 from drctl.lab.disk import FileDisk
 from drctl.lab.judge import Verdict, judge
 from drctl.lab.layout import Layout, Options
 from drctl.lab.observer import Observer
+
+# A busy machine is no bug of ours. Under CI hypothesis takes its own profile, which says the same and repeats itself.
+if not os.environ.get("CI"):
+    settings.register_profile("drctl", deadline=None)
+    settings.load_profile("drctl")
 
 _PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "gcc", "syslinux", "mcopy", "mke2fs", "sfdisk")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import subprocess
 import sys
 from pathlib import Path
 
-from drctl.errors import SetupFailed
+from drctl.errors import SetupFailed, StepFailed
 from drctl.lab.command import run
 
 USER = "drctl-lab"
@@ -37,8 +38,13 @@ def ensure() -> pwd.struct_passwd:
     try:
         entry = pwd.getpwnam(USER)
     except KeyError:
-        run(["useradd", "--system", "--user-group", "--home-dir", str(_HOME), "--shell", "/usr/sbin/nologin", USER])
-        entry = pwd.getpwnam(USER)
+        argv = ["useradd", "--system", "--user-group", "--home-dir", str(_HOME), "--shell", "/usr/sbin/nologin", USER]
+        with contextlib.suppress(StepFailed):  # another lab may make it at the same time
+            run(argv)
+        try:
+            entry = pwd.getpwnam(USER)
+        except KeyError:
+            raise SetupFailed(f"the user {USER} can't be made", hint=f"make it by hand: {' '.join(argv)}") from None
     for directory in (_HOME, _CACHE):
         give(directory, entry)
     return entry
