@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,10 @@ from pathlib import Path
 
 from drctl.errors import StepFailed
 
+log = logging.getLogger(__name__)
+
+#: A child that somebody or something stopped (SIGSTOP, a terminal) works as little as a dead one, but holds its place.
+STOPPED_SECONDS = 2.0
 CALM_SECONDS = 10.0
 CALM_STARTS = 5
 
@@ -29,11 +34,16 @@ class Child:
 
 def start_time_of(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat (proc(5)), in clock ticks since boot; None for a dead process or a zombie."""
+    fields = _stat(pid)
+    return None if fields[0] in ("", "Z", "X") else int(fields[19])
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state letter on; one empty field when there is no such process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+        return [""]
 
 
 def alive(child: Child) -> bool:
@@ -48,6 +58,8 @@ class Processes:
         self._logs = logs
         self._started: dict[int, subprocess.Popen[bytes]] = {}
         self._starts: dict[str, list[float]] = {}
+        #: Children that were last seen stopped, and since when.
+        self._stopped: dict[Child, float] = {}
 
     def find(self, name: str) -> Child | None:
         """The live child of that name, started by us or by a supervisor before us."""
@@ -56,18 +68,33 @@ class Processes:
         except (FileNotFoundError, ValueError):
             return None
         child = Child(name, data["pid"], data["start_time"])
-        if popen := self._started.get(child.pid):
-            popen.poll()
+        if (popen := self._started.get(child.pid)) and popen.poll() is not None:
+            del self._started[child.pid]
         return child if alive(child) else None
 
     def names(self) -> list[str]:
         return sorted(path.stem for path in self._directory.glob("*.json"))
 
     def ensure(self, name: str, module: str, arguments: Sequence[str], *, nice: int = 0) -> tuple[Child, bool]:
-        """The live child, and whether it had to be started now."""
-        if child := self.find(name):
+        """The live child, and whether it had to be started now. One that is stopped for 2 s is killed and replaced."""
+        child = self.find(name)
+        if child is not None and self._stopped_too_long(child):
+            log.warning("%s (%d) is stopped; killed, and started again", name, child.pid)
+            self.end(name, force=True)
+            child = None
+        if child is not None:
             return child, False
         return self.spawn(name, module, arguments, nice=nice), True
+
+    def _stopped_too_long(self, child: Child) -> bool:
+        if _stat(child.pid)[0] != "T":
+            self._stopped.pop(child, None)
+            return False
+        now = time.monotonic()
+        if now - self._stopped.setdefault(child, now) < STOPPED_SECONDS:
+            return False
+        del self._stopped[child]
+        return True
 
     def spawn(self, name: str, module: str, arguments: Sequence[str], *, nice: int = 0) -> Child:
         """Start `python -m module arguments` in a session of its own, output to logs/NAME.log."""

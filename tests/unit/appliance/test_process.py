@@ -56,6 +56,24 @@ def test_a_killed_child_is_started_anew(processes: Processes) -> None:
         processes.end("web", force=True)
 
 
+def test_a_stopped_child_is_replaced_after_a_while(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = _sleeper(processes)
+    os.kill(child.pid, signal.SIGSTOP)
+    try:
+        assert processes.ensure("web", "http.server", ["0", "--bind", "127.0.0.1"]) == (child, False)
+        monkeypatch.setattr("drctl.appliance.process.STOPPED_SECONDS", 0.1)
+        for _ in range(20):
+            time.sleep(0.1)
+            fresh, started = processes.ensure("web", "http.server", ["0", "--bind", "127.0.0.1"])
+            if started:
+                break
+        assert started
+        assert not alive(child)
+        assert fresh.pid != child.pid
+    finally:
+        processes.end("web", force=True)
+
+
 def test_a_child_that_keeps_ending_is_left_alone_for_a_while(processes: Processes) -> None:
     for _ in range(CALM_STARTS):
         processes.ensure("web", "no_such_module", [])
