@@ -111,7 +111,14 @@ async def dial(address: str, tls_dir: Path, expected: str = "") -> Connection:
 
 
 def _unreachable(address: str, exc: BaseException) -> ApplianceUnreachable:
-    return ApplianceUnreachable(f"no link to {address}: {exc or type(exc).__name__}")
+    if isinstance(exc, TimeoutError) and not str(exc):
+        why = f"no answer within {HANDSHAKE_TIMEOUT:.0f} s"
+    elif isinstance(exc, OSError) and exc.strerror:
+        why = exc.strerror.lower()
+    else:
+        # Errors of the event loop may come without a word.
+        why = str(exc) or "the connection was closed"
+    return ApplianceUnreachable(f"no link to {address}: {why}", hint="is the other site's appliance running?")
 
 
 def _connection(
