@@ -44,6 +44,7 @@ BOOT_SECTOR = (
     ).ljust(510, b"\0")
     + b"\x55\xaa"
 )
+ROOT = Path(__file__).parents[2]
 SIZE = 64 * MiB
 UUIDS = {"db": "00000000-0000-4000-8000-0000000000d1", "web": "00000000-0000-4000-8000-0000000000d2"}
 SPEC = {"name": "erp", "source": "alpha", "recovery": "beta", "machines": ["db", "web"]}
@@ -56,14 +57,18 @@ def test_this_file_as_an_unprivileged_user():
     nobody = pwd.getpwnam("nobody")
     with tempfile.TemporaryDirectory(prefix="drctl-rt-") as name:
         os.chown(name, nobody.pw_uid, nobody.pw_gid)
-        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={name}/t", __file__]
+        here = Path(name, "checkout")  # ours may lie where nobody can read, e.g. below /root
+        shutil.copytree(ROOT / "tests", here / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", here)
+        file = here / Path(__file__).relative_to(ROOT)
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={name}/t", str(file)]
         done = subprocess.run(
             [*argv, "--timeout=180"],
             user=nobody.pw_uid,
             group=nobody.pw_gid,
             extra_groups=[],
             env={"PATH": os.environ["PATH"], "HOME": name, "PYTHONDONTWRITEBYTECODE": "1"},
-            cwd=Path(__file__).parents[2],
+            cwd=here,
             capture_output=True,
             text=True,
             check=False,
