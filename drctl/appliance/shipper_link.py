@@ -14,7 +14,7 @@ from drctl.appliance.client import Client
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.worker import Worker
-from drctl.errors import DrctlError
+from drctl.errors import ApplianceUnreachable, DrctlError
 
 #: A report that is older says nothing about now (the shipper reports each second and on every change).
 REPORT_SECONDS = 5.0
@@ -48,6 +48,8 @@ class ShipperLink:
         self._worker = worker
         self.config_path: Path = home.run / "shippers" / f"{state.spec.name}.json"
         self._taken: tuple[float, dict[str, Any]] = (0.0, {})
+        #: The newest checkpoint that any shipper of this group told of: a new one knows of none at first.
+        self.newest: dict[str, Any] | None = None
         #: The pass that is running: its id, when it was first seen, how far it was then.
         self._sync_seen: tuple[str | None, float, int] = (None, 0.0, 0)
 
@@ -87,6 +89,7 @@ class ShipperLink:
         """A report has come in."""
         now = time.monotonic()
         self._taken = (now, status)
+        self.newest = (status.get("marks") or {}).get("newest") or self.newest
         sync = status.get("sync") or {}
         if sync.get("id") != self._sync_seen[0]:
             self._sync_seen = (sync.get("id"), now, int(sync.get("done_bytes") or 0))
@@ -125,7 +128,15 @@ class ShipperLink:
 
     def call(self, method: str, params: dict[str, Any] | None = None, timeout_seconds: float = 10.0) -> Any:
         """Raises ApplianceUnreachable when the shipper does not answer."""
-        return Client(f"unix:{self._worker.shipper_socket}").call(method, params, timeout=timeout_seconds)
+        try:
+            return Client(f"unix:{self._worker.shipper_socket}").call(method, params, timeout=timeout_seconds)
+        except ApplianceUnreachable as exc:
+            if "address" not in exc.fields:
+                raise  # the shipper's own: the other site was not reached in time
+            name = self._worker.shipper_name
+            raise ApplianceUnreachable(
+                f"the shipper does not answer; if it keeps ending, see {self._home.logs}/{name}.log", shipper=name
+            ) from exc
 
     def refresh(self) -> None:
         """Ask for the status now, without waiting for the next report."""

@@ -12,8 +12,7 @@ from drctl.errors import DrctlError
 def source_status(protection: Protection) -> dict[str, Any]:
     state = protection.state
     status = protection.shipper.status
-    marks = status.get("marks") or {}
-    newest = marks.get("newest")
+    newest = protection.shipper.newest
     link = status.get("link") or {}
     wall = time.time()
     return {
