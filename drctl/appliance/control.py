@@ -20,6 +20,10 @@ MAX_REQUEST = 4 * 1024 * 1024
 log = logging.getLogger(__name__)
 
 
+class _ClientGone(Exception):
+    """Nobody waits for the answer any more. It ends the method at its next report of progress; that is no bug of it."""
+
+
 class ControlServer:
     """Serves `handlers` (method name → function) on a unix socket of mode 0600."""
 
@@ -51,25 +55,31 @@ class ControlServer:
             threading.Thread(target=self._serve, args=(connection,), name="control-call", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as stream:
-            try:
+        # Closing flushes what nobody takes any more: that, too, may fail.
+        try:
+            with connection, connection.makefile("rwb") as stream:
                 while line := stream.readline(MAX_REQUEST):
                     self._answer(line, stream)
-            except (OSError, ValueError) as exc:
-                log.debug("control connection ended: %s", exc)
+        except (_ClientGone, OSError, ValueError) as exc:
+            log.debug("control connection ended: %s", exc)
 
     def _answer(self, line: bytes, stream: Any) -> None:
         request = json.loads(line)
         identity = request.get("id")
 
         def send(**fields: Any) -> None:
-            stream.write(json.dumps({"id": identity, **fields}).encode() + b"\n")
-            stream.flush()
+            try:
+                stream.write(json.dumps({"id": identity, **fields}).encode() + b"\n")
+                stream.flush()
+            except OSError as exc:
+                raise _ClientGone(str(exc)) from exc
 
         try:
             result = self._call(request, lambda progress: send(progress=progress))
         except DrctlError as exc:
             send(error=exc.as_dict())
+        except _ClientGone:
+            raise
         except Exception as exc:  # the edge: a bug in one method must not end the service
             log.exception("control method %s", request.get("method"))
             send(error=DrctlError(f"unexpected {type(exc).__name__}: {exc}", hint="see the appliance's log").as_dict())
