@@ -212,6 +212,7 @@ class Recovery:
         self._closing = True
         for work in list(self._live.values()):
             work.steps.cancelled.set()
+        self._tools.views.close()
 
     def recoveries(self, group: str) -> list[dict[str, Any]]:
         """The live and committed recoveries of a group, for its status."""

@@ -326,6 +326,9 @@ class MemoryViews:
     def backing(self, recovery: RecoveryRecord, export: str) -> str:
         return f"nbd+unix:///{export}?socket={self.socket(recovery)}"
 
+    def close(self) -> None:
+        pass
+
 
 class MemoryDefinitions:
     """Definitions as MemoryHypervisor reads them."""

@@ -110,6 +110,10 @@ class Views(Protocol):
         """What an overlay names as its backing file: a URL or `json:` text that QEMU understands."""
         ...
 
+    def close(self) -> None:
+        """Let go of what only this supervisor holds; the view servers go on."""
+        ...
+
 
 class Definitions(Protocol):
     """Definitions for this host. Raises HypervisorRefused when one can't be made."""

@@ -79,6 +79,10 @@ class ViewProcesses:
     def backing(self, recovery: RecoveryRecord, export: str) -> str:
         return f"nbd+unix:///{quote(export)}?socket={quote(self.socket(recovery))}"
 
+    def close(self) -> None:
+        while self._probes:
+            self._probes.popitem()[1].close()
+
     def _name(self, recovery: RecoveryRecord) -> str:
         return f"view-{recovery.id}"
 

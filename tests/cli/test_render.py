@@ -46,6 +46,7 @@ def test_a_bar_is_silent_in_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")  # where it is dumb, as it may be where nobody sits, rich draws nothing
     with Screen(interactive=True, terminal=True).bar("web") as update:
         update(1, 2, "half")
     assert "web" in capsys.readouterr().err
