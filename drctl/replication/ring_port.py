@@ -29,6 +29,9 @@ class RingPort:
         self._words = self.ring.words
         self._bell = _open_bell(bell)
         self._wake = asyncio.Event()
+        # The beat before the name: the last one in the ring is that of a shipper long dead, and we would be taken for
+        # hung while we start.
+        self.beat()
         self._words[Word.SHIPPER_PID] = os.getpid()
 
     @property
