@@ -13,7 +13,7 @@ from typing import Any
 from drctl.appliance.control import Progress
 from drctl.appliance.store_expiry import KEEP_SECONDS, StoreExpiry
 from drctl.errors import IntegrityError, NotFound, Refused, WrongPhase
-from drctl.model.checkpoint import Checkpoint, resolve
+from drctl.model.checkpoint import Checkpoint
 from drctl.model.extent import MiB
 from drctl.model.group import GroupSpec
 from drctl.store.group_info import StoreMode
@@ -61,12 +61,11 @@ class StoreService:
     def status(self, name: str) -> dict[str, Any]:
         with self._open(name) as store:
             info = store.info
-            checkpoints = store.checkpoints()
+            count, oldest, newest = store.count(), store.oldest(), store.newest()
             ahead = store.forecast(time.time())
             definition = store.definition() or {}
         spec = definition.get("spec") or {}
-        history = checkpoints[-1].time - checkpoints[0].time if checkpoints else None
-        ends = [{"number": c.number, "time": c.time} for c in (*checkpoints[:1], *checkpoints[-1:])]
+        history = newest.time - oldest.time if newest and oldest else None
         return {
             "group": name,
             "role": "recovery",
@@ -76,9 +75,9 @@ class StoreService:
             "interval": spec.get("checkpoint_interval"),
             "wall_ns": time.time_ns(),
             "checkpoints": {
-                "count": len(checkpoints),
-                "oldest": ends[0] if ends else None,
-                "newest": ends[-1] if ends else None,
+                "count": count,
+                "oldest": {"number": oldest.number, "time": oldest.time} if oldest else None,
+                "newest": {"number": newest.number, "time": newest.time} if newest else None,
             },
             "journal": {"bytes": ahead.used, "limit": info.retention.journal_limit},
             "history": {"seconds": history, "target": info.retention.history, "forecast": _forecast(ahead)},
@@ -91,7 +90,7 @@ class StoreService:
     def checkpoint_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         del progress
         with self._open(str(params.get("group"))) as store:
-            return [asdict(checkpoint) for checkpoint in store.checkpoints()]
+            return [asdict(checkpoint) for checkpoint in store.checkpoints(int(params.get("last") or -1))]
 
     def checkpoint_tag(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
@@ -160,7 +159,7 @@ def _forecast(ahead: Forecast) -> dict[str, Any] | None:
 
 def _resolve(store: GroupStore, params: dict[str, Any]) -> Checkpoint:
     try:
-        return resolve(str(params.get("checkpoint") or "latest"), store.checkpoints(), time.time())
+        return store.choose(str(params.get("checkpoint") or "latest"), time.time())
     except ValueError as exc:
         raise Refused(str(exc)) from exc
 

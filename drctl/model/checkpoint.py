@@ -48,12 +48,23 @@ def resolve(selector: str, checkpoints: Sequence[Checkpoint], now: float) -> Che
         raise NotFound("checkpoint", selector, hint="the group has no restorable checkpoint yet")
     if selector == "latest":
         return checkpoints[-1]
-    if match := _NUMBER.match(selector):
-        return _find(selector, [c for c in checkpoints if c.number == int(match[1])], checkpoints)
+    if (number := checkpoint_number(selector)) is not None:
+        return _find(selector, [c for c in checkpoints if c.number == number], checkpoints)
     if selector.startswith("tag:"):
         return _find(selector, [c for c in checkpoints if selector[4:] in c.tags], checkpoints)
-    moment = now - parse_duration(selector[1:]) if selector.startswith("-") else _iso(selector)
+    moment = checkpoint_moment(selector, now)
     return _find(selector, [c for c in checkpoints if c.time <= moment], checkpoints)
+
+
+def checkpoint_number(selector: str) -> int | None:
+    """N of `#N`, None for another selector."""
+    match = _NUMBER.match(selector)
+    return int(match[1]) if match else None
+
+
+def checkpoint_moment(selector: str, now: float) -> float:
+    """The moment (seconds since the epoch) that `-10m` or an ISO time with zone names. Raises ValueError."""
+    return now - parse_duration(selector[1:]) if selector.startswith("-") else _iso(selector)
 
 
 def _find(selector: str, found: Sequence[Checkpoint], every: Sequence[Checkpoint]) -> Checkpoint:

@@ -114,8 +114,8 @@ class GroupWriter:
     def _space(self, store: GroupStore) -> JournalSpace:
         now = time.monotonic()
         if now - self._oldest[0] > OLDEST_EVERY:
-            marks = store.marks()
-            self._oldest = (now, int(marks[0].fields["wall_ns"]) if marks else 0)
+            oldest = store.oldest()
+            self._oldest = (now, int(oldest.fields["wall_ns"]) if oldest else 0)
         return JournalSpace(store.journal.size, read_info(self.root).retention.journal_limit, self._oldest[1])
 
     async def release(self) -> None:

@@ -321,7 +321,7 @@ class GroupStore(StoreReader):
         """Remove a tag from all checkpoints. Raises NotFound."""
         with commit_lock(self.root):
             tags = read_tags(self.root)
-            labels = [label_of(mark) for mark in self.marks() if tag in tags.of(label_of(mark), mark.own_tags)]
+            labels = [label_of(mark) for mark in self._tagged(tag)]
             if not labels:
                 raise NotFound("tag", tag)
             for label in labels:

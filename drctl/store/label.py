@@ -36,6 +36,14 @@ class Tags:
         stay = tuple(tag for tag in own if (label, tag) not in self.removed)
         return stay + tuple(sorted(tag for key, tag in self.added if key == label and tag not in stay))
 
+    def by_checkpoint(self) -> dict[CheckpointKey, Tags]:
+        """The same for each checkpoint that any were added to or taken from."""
+        labels = {label for label, _ in self.added | self.removed}
+        return {
+            label: Tags(*(frozenset(each for each in tags if each[0] == label) for tags in (self.added, self.removed)))
+            for label in labels
+        }
+
     def with_tag(self, label: CheckpointKey, tag: str) -> Tags:
         return Tags(self.added | {(label, tag)}, self.removed - {(label, tag)})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from drctl.store.segment import HEADER_SIZE, Segment, SegmentHeader, SegmentList
 
 #: Fences per slice of a merge: half a million entries, 12 MB.
 _SLICE = 2048
+_NAME = re.compile(r"(\d+)-(\d+)\.run$")
 
 
 class Layer(Protocol):
@@ -56,16 +59,31 @@ class Distrust:
     paths: set[Path] = field(default_factory=set)
 
 
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - names are enough, a Path for each of 10,000 is not
+    except FileNotFoundError:
+        return []
+
+
 class RunDirectory:
     """Which runs there are, by their first log number."""
 
     def __init__(self, root: Path, distrust: Distrust | None = None) -> None:
         self._root = root
-        self._lasts: dict[int, list[int]] = {}
-        for path in (root / "runs").glob("[0-9]*-[0-9]*.run"):
-            if distrust is None or path not in distrust.paths:
-                first, last = path.stem.split("-")
-                self._lasts.setdefault(int(first), []).append(int(last))
+        self._lasts: dict[int, set[int]] = {}
+        distrusted = {path.name for path in distrust.paths} if distrust else set()
+        for name in _names(root / "runs"):
+            if (match := _NAME.match(name)) and name not in distrusted:
+                self.add(int(match[1]), int(match[2]))
+
+    def add(self, first: int, last: int) -> None:
+        """A run was made."""
+        self._lasts.setdefault(first, set()).add(last)
+
+    def has(self, first: int, last: int) -> bool:
+        """There is a file of that name."""
+        return last in self._lasts.get(first, ())
 
     def longest(self, segments: SegmentList, first: int, last: int) -> Run | None:
         """The longest sound run that begins at log `first` and ends at `last` or before."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from drctl.errors import IntegrityError, OutOfSpace
 from drctl.store import atomic
-from drctl.store.catalog import Catalog, Mark
+from drctl.store.catalog import Catalog, Moment
 from drctl.store.group_info import GroupInfo, StoreMode, commit_lock, read_info
 from drctl.store.label import CheckpointKey, read_pins, read_tags
 from drctl.store.merge import Candidate, Merge, MergePolicy, plan
@@ -35,14 +35,15 @@ class Done:
 class Maintenance:
     """Holds the maintenance lock while open. Raises Locked when another does. Times are seconds since the epoch."""
 
-    def __init__(self, root: Path, policy: MergePolicy | None = None) -> None:
+    def __init__(self, root: Path, policy: MergePolicy | None = None, indexer: Indexer | None = None) -> None:
+        """`indexer`: that of an earlier maintenance of this store, which knows what runs there are."""
         self._root = root
         self._policy = policy or MergePolicy()
         self._lock = atomic.acquire(root / "maintenance.lock", wait=False, what="another maintenance")
         try:
             self._group = read_info(root).group
             self._reader = StoreReader(root, writer=True)
-            self._indexer = Indexer(root, self._group)
+            self._indexer = indexer or Indexer(root, self._group)
             for temp in root.glob("streams/*/*/.*-*.seg.tmp"):
                 atomic.remove(temp)
             remove_leftovers(root)
@@ -63,22 +64,23 @@ class Maintenance:
 
     # What must stay
 
-    def _held(self, marks: list[Mark]) -> set[CheckpointKey]:
+    def _held(self) -> set[CheckpointKey]:
         """Pinned and tagged checkpoints: never dropped."""
         tags = read_tags(self._root)
-        tagged = {label_of(mark) for mark in marks if tags.of(label_of(mark), mark.own_tags)}
-        return tagged | set(read_pins(self._root).values())
+        own = self._reader.with_catalog(Catalog.with_own_tags)
+        tagged = {label_of(mark) for mark in own if tags.of(label_of(mark), mark.own_tags)}
+        return tagged | {label for label, _ in tags.added} | set(read_pins(self._root).values())
 
-    def _kept(self, marks: list[Mark], info: GroupInfo, now: float) -> set[CheckpointKey]:
-        moments = [(label_of(mark), mark.time) for mark in marks]
-        return keep(moments, info.retention, now, self._held(marks))
+    def _kept(self, marks: list[Moment], info: GroupInfo, now: float) -> set[CheckpointKey]:
+        moments = [(CheckpointKey(mark.epoch, mark.number), mark.time) for mark in marks]
+        return keep(moments, info.retention, now, self._held())
 
     # Merging
 
     def merge(self, now: float) -> int:
         """Fold segments whose checkpoints the ladder does not want any more; returns how many went."""
         self._remove_leftovers()
-        marks, info = self._reader.marks(), self._reader.info
+        marks, info = self._reader.moments(), self._reader.info
         if not marks:
             return 0
         kept = self._kept(marks, info, now)
@@ -87,7 +89,7 @@ class Maintenance:
             done += self._merge(inputs, kept)
         return done
 
-    def _candidates(self, newest: Mark, info: GroupInfo) -> list[Candidate]:
+    def _candidates(self, newest: Moment, info: GroupInfo) -> list[Candidate]:
         """Sealed segments after the bases and before the newest checkpoint: no proof can come any more for theirs."""
         segments, _ = list_segments(self._root)
         by_log: dict[int, list[CheckpointKey]] = {}
@@ -96,7 +98,7 @@ class Maintenance:
         return [
             Candidate(segment, tuple(by_log.get(segment.last, ())))
             for segment in segments.sealed
-            if segment.first > info.promoting and segment.last < newest.place.log
+            if segment.first > info.promoting and segment.last < newest.log
         ]
 
     def _merge(self, inputs: list[Segment], kept: set[CheckpointKey]) -> int:
@@ -108,7 +110,7 @@ class Maintenance:
             raise
         with commit_lock(self._root):
             # A tag or pin that came meanwhile wins.
-            if merge.dropped & self._held(self._reader.marks()):
+            if merge.dropped & self._held():
                 merge.abandon()
                 return 0
             merged = merge.commit()
@@ -141,27 +143,27 @@ class Maintenance:
         if info.promoting > info.base_position:
             return self._promote(info)
         segments, _ = list_segments(self._root)
-        marks = self._reader.marks()
+        marks = self._reader.moments()
         target = self._target(segments, marks, info, now)
         if target <= info.base_position:
             return 0
         check_segments(segments, info.base_position + 1, target)
         with commit_lock(self._root):
             info = read_info(self._root)
-            if target > self._most(segments, marks, self._held(marks)):
+            if target > self._most(segments, marks):
                 return 0
             info = announce(self._root, info, target)
         return self._promote(info)
 
-    def _target(self, segments: SegmentList, marks: list[Mark], info: GroupInfo, now: float) -> int:
+    def _target(self, segments: SegmentList, marks: list[Moment], info: GroupInfo, now: float) -> int:
         """The log up to which to promote."""
         if not marks:
             return 0
         kept = self._kept(marks, info, now)
-        target = _before(segments, [mark for mark in marks if label_of(mark) in kept])
+        target = _before(segments, next(mark for mark in marks if CheckpointKey(mark.epoch, mark.number) in kept))
         used, limit = self._reader.used(), info.retention.journal_limit
         if used > _HIGH * limit:
-            most = self._most(segments, marks, self._held(marks))
+            most = self._most(segments, marks)
             for segment in segments.between(info.base_position + 1, most):
                 if used <= _LOW * limit and segment.last > target:
                     break
@@ -169,9 +171,11 @@ class Maintenance:
                 target = max(target, segment.last)
         return target
 
-    def _most(self, segments: SegmentList, marks: list[Mark], held: set[CheckpointKey]) -> int:
+    def _most(self, segments: SegmentList, marks: list[Moment]) -> int:
         """The log that no promotion may pass: the newest checkpoint and what is held stay."""
-        return _before(segments, [mark for mark in marks[:-1] if label_of(mark) in held] + marks[-1:])
+        held = self._held()
+        oldest = next((mark for mark in marks if CheckpointKey(mark.epoch, mark.number) in held), marks[-1])
+        return _before(segments, oldest)
 
     def _promote(self, info: GroupInfo) -> int:
         segments, _ = list_segments(self._root)
@@ -197,11 +201,9 @@ class Maintenance:
         os.close(self._lock)
 
 
-def _before(segments: SegmentList, marks: list[Mark]) -> int:
-    """The log before the segment of the oldest of these marks."""
-    if not marks:
-        return 0
-    holding = segments.holding(marks[0].place.log)
+def _before(segments: SegmentList, mark: Moment) -> int:
+    """The log before the segment of a mark."""
+    holding = segments.holding(mark.log)
     if holding is None:
-        raise IntegrityError(f"the segment of log {marks[0].place.log} is missing")
+        raise IntegrityError(f"the segment of log {mark.log} is missing")
     return holding.first - 1

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from drctl.errors import IntegrityError, NotFound
-from drctl.model.checkpoint import Checkpoint, CheckpointKind
+from drctl.model.checkpoint import Checkpoint, CheckpointKind, checkpoint_moment, checkpoint_number, resolve
 from drctl.model.group import GroupDisk
 from drctl.store import atomic
-from drctl.store.catalog import Catalog, Mark, Place, discard
+from drctl.store.catalog import Catalog, Mark, Moment, Place, discard
 from drctl.store.content import Content, Control, control_fields
 from drctl.store.group_info import GroupInfo, StoreMode, read_info
 from drctl.store.journal import read_claim
 from drctl.store.label import CheckpointKey, Tags, read_pins, read_tags
 from drctl.store.layer import Distrust, RunDirectory, cover, prefix
 from drctl.store.retention import Forecast, forecast
+from drctl.store.run import Run
 from drctl.store.segment import HEADER_SIZE, Segment, SegmentList, list_segments, read_frame, scan
 from drctl.store.verify import VerifyReport, verify_segment
 from drctl.store.view import Layout, View
@@ -27,6 +30,8 @@ from drctl.wire.frame import FrameKind
 T = TypeVar("T")
 #: Attempts to see one state of files that merges and promotions keep moving.
 _ATTEMPTS = 5
+#: Seconds between looks at a catalog that its writer may be about to bring up to date.
+_CATCH_UP = (0.005, 0.02, 0.05)
 
 
 class StoreReader:
@@ -78,17 +83,33 @@ class StoreReader:
                 self._catalog = Catalog(path, writer=self._writer)
         segments, _ = list_segments(self.root)
         sizes = self._sizes(segments)
-        if self._catalog.is_stale(list(segments), sizes):
+        if self._is_stale(self._catalog, segments, sizes):
             if not self._writer and self._catalog.path is not None:
                 copy = self._catalog.copy()
                 self._drop_catalog()
                 self._catalog = copy
-            self._catalog.reconcile(list(segments), sizes, self._read_controls)
+            self._reconcile(self._catalog)
         return self._catalog
+
+    def _is_stale(self, catalog: Catalog, segments: SegmentList, sizes: dict[int, int]) -> bool:
+        # A writer claims before it records; a copy of a large catalog costs more than the moment between the two.
+        for wait in _CATCH_UP if not self._writer and catalog.path is not None else ():
+            if not catalog.is_stale(list(segments), sizes):
+                return False
+            time.sleep(wait)
+        return catalog.is_stale(list(segments), sizes)
 
     def _reconcile(self, catalog: Catalog) -> None:
         segments, _ = list_segments(self.root)
-        catalog.reconcile(list(segments), self._sizes(segments), self._read_controls)
+        sizes = self._sizes(segments)
+        runs = RunDirectory(self.root)
+        tail = segments.tail
+
+        def read(segment: Segment, start: int) -> tuple[Sequence[Control], int]:
+            run = runs.of_segment(segment) if segment is not tail else None
+            return self._read_controls(segment, run, start, sizes[segment.last])
+
+        catalog.reconcile(list(segments), sizes, read)
 
     def _sizes(self, segments: SegmentList) -> dict[int, int]:
         """Up to where each segment is durable."""
@@ -98,9 +119,9 @@ class StoreReader:
             sizes[log] = offset
         return sizes
 
-    def _read_controls(self, segment: Segment, start: int) -> tuple[Sequence[Control], int]:
-        segments, _ = list_segments(self.root)
-        run = None if segment.last == getattr(segments.tail, "last", 0) else RunDirectory(self.root).of_segment(segment)
+    def _read_controls(
+        self, segment: Segment, run: Run | None, start: int, durable: int
+    ) -> tuple[Sequence[Control], int]:
         if run is not None:
             try:
                 return run.controls(), segment.size
@@ -108,7 +129,7 @@ class StoreReader:
                 pass
             finally:
                 run.close()
-        return self._scan_controls(segment, start, self._sizes(segments).get(segment.last, segment.size))
+        return self._scan_controls(segment, start, durable)
 
     def _scan_controls(self, segment: Segment, start: int, durable: int) -> tuple[Sequence[Control], int]:
         """The controls between; those before the first damaged frame when there is one."""
@@ -122,22 +143,76 @@ class StoreReader:
 
     # Checkpoints
 
-    def marks(self) -> list[Mark]:
-        """The proven marks that can be restored, in log order."""
+    def _restorable(self, use: Callable[[Catalog, int], T], nothing: T) -> T:
+        """`use(catalog, log)` where checkpoints beyond that log can be restored; `nothing` while none can."""
         info = self.info
         if info.mode is StoreMode.INITIAL:
-            return []
-        return [mark for mark in self.with_catalog(Catalog.marks) if mark.place.log > info.promoting]
+            return nothing
+        return self.with_catalog(lambda catalog: use(catalog, info.promoting))
 
-    def checkpoints(self) -> list[Checkpoint]:
-        """The restorable checkpoints, in log order."""
-        tags, held = read_tags(self.root), set(read_pins(self.root).values())
-        return [_checkpoint(mark, tags, held) for mark in self.marks()]
+    def marks(self) -> list[Mark]:
+        """The proven marks that can be restored, in log order."""
+        return self._restorable(lambda catalog, after: catalog.marks(after), [])
+
+    def moments(self) -> list[Moment]:
+        """The same in short, for who needs all of them."""
+        return self._restorable(lambda catalog, after: catalog.moments(after), [])
+
+    def oldest(self) -> Mark | None:
+        """The first restorable mark."""
+        return self._restorable(lambda catalog, after: catalog.oldest(after), None)
+
+    def newest(self, until: float = math.inf) -> Mark | None:
+        """The newest restorable mark at or before a moment (seconds since the epoch)."""
+        return self._restorable(lambda catalog, after: catalog.newest(after, until), None)
+
+    def count(self) -> int:
+        """How many checkpoints can be restored."""
+        return self._restorable(lambda catalog, after: catalog.count(after), 0)
+
+    def checkpoints(self, last: int = -1) -> list[Checkpoint]:
+        """The restorable checkpoints, in log order; the newest `last` of them, -1: all."""
+        marks: list[Mark] = self._restorable(lambda catalog, after: catalog.marks(after, last), [])
+        return self._as_checkpoints(marks)
 
     def checkpoint(self, number: int) -> Checkpoint:
         """Raises NotFound."""
-        tags, held = read_tags(self.root), set(read_pins(self.root).values())
-        return _checkpoint(self.find(number), tags, held)
+        return self._as_checkpoints([self.find(number)])[0]
+
+    def _as_checkpoints(self, marks: Sequence[Mark]) -> list[Checkpoint]:
+        tags, held = read_tags(self.root).by_checkpoint(), set(read_pins(self.root).values())
+        return [_checkpoint(mark, tags.get(label_of(mark)), held) for mark in marks]
+
+    def choose(self, selector: str, now: float) -> Checkpoint:
+        """What `model.checkpoint.resolve` says of all checkpoints, from a look at a few of them.
+
+        Raises NotFound (no such checkpoint) or ValueError (not a selector)."""
+        found = [mark for mark in (*self._chosen(selector, now), self.oldest(), self.newest()) if mark is not None]
+        unique = {mark.place: mark for mark in found}
+        return resolve(selector, self._as_checkpoints([unique[place] for place in sorted(unique)]), now)
+
+    def _chosen(self, selector: str, now: float) -> list[Mark | None]:
+        """Marks among which the answer is, if there is one."""
+        if (number := checkpoint_number(selector)) is not None:
+            with suppress(NotFound):
+                return [self.find(number)]
+        elif selector.startswith("tag:"):
+            return [*self._tagged(selector[4:])]
+        elif selector != "latest":
+            return [self.newest(checkpoint_moment(selector, now))]
+        return []
+
+    def _tagged(self, tag: str) -> list[Mark]:
+        """The restorable marks with a tag, in no order."""
+        tags = read_tags(self.root)
+        found: list[Mark] = self._restorable(
+            lambda catalog, after: [mark for mark in catalog.with_own_tags() if mark.place.log > after], []
+        )
+        for label, each in tags.added:
+            if each == tag:
+                with suppress(NotFound):
+                    found.append(self.find(label.number, label.epoch))
+        return [mark for mark in found if tag in tags.of(label_of(mark), mark.own_tags)]
 
     def find(self, number: int, epoch: str = "") -> Mark:
         """The mark of a restorable checkpoint, the newest of that number. Raises NotFound."""
@@ -253,7 +328,8 @@ class StoreReader:
 
     def forecast(self, now: float) -> Forecast:
         """How long history is and will be. `now`: seconds since the epoch."""
-        return forecast([mark.time for mark in self.marks()], self.used(), self.info.retention, now)
+        oldest = self.oldest()
+        return forecast(oldest.time if oldest else None, self.used(), self.info.retention, now)
 
     def close(self) -> None:
         self._drop_catalog()
@@ -274,7 +350,8 @@ def label_of(mark: Mark) -> CheckpointKey:
     return CheckpointKey(mark.epoch, mark.number)
 
 
-def _checkpoint(mark: Mark, tags: Tags, held: set[CheckpointKey]) -> Checkpoint:
+def _checkpoint(mark: Mark, tags: Tags | None, held: set[CheckpointKey]) -> Checkpoint:
+    """`tags`: those that operators gave to it or took away."""
     label = label_of(mark)
     fields = mark.fields
     return Checkpoint(
@@ -284,6 +361,6 @@ def _checkpoint(mark: Mark, tags: Tags, held: set[CheckpointKey]) -> Checkpoint:
         mark.epoch,
         mark.generation,
         int(fields["sequence"]),
-        tags.of(label, mark.own_tags),
+        tags.of(label, mark.own_tags) if tags else mark.own_tags,
         label in held,
     )

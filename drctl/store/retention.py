@@ -60,11 +60,11 @@ class Forecast:
         return self.full_in / 3600 if self.falls_short and self.full_in is not None else None
 
 
-def forecast(times: Sequence[float], used: int, retention: Retention, now: float) -> Forecast:
-    """What will become of the history whose checkpoints were at `times`, in order, with `used` bytes of journal.
+def forecast(oldest: float | None, used: int, retention: Retention, now: float) -> Forecast:
+    """What will become of the history, whose oldest checkpoint was at `oldest`, with `used` bytes of journal.
 
     Assumes that the journal goes on to grow per second as it did over the history that it holds."""
-    history = max(0.0, now - times[0]) if times else 0.0
+    history = max(0.0, now - oldest) if oldest is not None else 0.0
     rate = used / history if history else 0.0
     limit = retention.journal_limit
     full_in = max(0, limit - used) / rate if rate else None

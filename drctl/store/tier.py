@@ -23,12 +23,14 @@ class Indexer:
         self._root = root
         self._group = group
         self._seen: set[tuple[Segment, ...] | Segment] = set()
+        self._runs = RunDirectory(root)
 
     def build(self, base_position: int) -> int:
         """Make all missing runs of sealed segments after `base_position`; returns how many were made.
 
         A damaged segment gets none: it is reported by who reads it. Raises OutOfSpace."""
         segments, _ = list_segments(self._root)
+        self._runs = RunDirectory(self._root)
         made = 0
         for segment in segments.sealed:
             if segment.first > base_position and segment not in self._seen:
@@ -39,29 +41,32 @@ class Indexer:
             size *= WIDTH
         return made
 
+    def _has_run(self, segments: tuple[Segment, ...]) -> bool:
+        return self._runs.has(segments[0].first, segments[-1].last) and has_run(self._root, segments)
+
     def _index(self, segment: Segment) -> int:
         made = 0
-        if not has_run(self._root, [segment]):
+        if not self._has_run((segment,)):
             try:
                 content = Content(segment.header(self._group), HEADER_SIZE)
                 content.add_all(scan(segment.path))
             except (IntegrityError, FileNotFoundError):
                 return 0
             write_segment_run(self._root, segment, content)
+            self._runs.add(segment.first, segment.last)
             made = 1
         self._seen.add(segment)
         return made
 
     def _build_tier(self, segments: SegmentList, base_position: int, size: int) -> int:
         made = 0
-        sealed = segments.sealed
         start = base_position // size * size
-        for first in range(start + 1, sealed[-1].last + 2 - size, size):
+        for first in range(start + 1, segments.sealed[-1].last + 2 - size, size):
             last = first + size - 1
             inside = tuple(segments.between(first, last)) if first > base_position else ()
             if len(inside) < 2 or inside[0].first != first or inside[-1].last != last or inside in self._seen:
                 continue
-            if not has_run(self._root, inside):
+            if not self._has_run(inside):
                 if not self._merge(segments, inside):
                     continue
                 made += 1
@@ -73,8 +78,9 @@ class Indexer:
         path = run_path(self._root, first, last)
         layers: list[Layer] = []
         try:
-            layers = cover(RunDirectory(self._root), segments, first, last)
+            layers = cover(self._runs, segments, first, last)
             self._write(layers, path, inside)
+            self._runs.add(first, last)
             return True
         except (IntegrityError, FileNotFoundError) as exc:
             damaged = exc.fields.get("path") if isinstance(exc, IntegrityError) else None

@@ -64,3 +64,14 @@ def test_a_guest_that_zeroes_its_disk_over_and_over_does_not_stall_the_store():
     assert len(resolve(written)) < 20_000
     # Painting one by one would touch 2·10^8 cells.
     assert time.process_time() - begin < 2
+
+
+places = st.sampled_from([(1, 0, 8), (1, 8, 8), (1, 16, 8), (1, 12, 8), (1, 40, 4), (2, 0, 8)])
+
+
+@given(st.lists(places, min_size=1, max_size=30))
+def test_blocks_written_again_beside_blocks_that_overlap(rows):
+    written = entries([(*place, False) for place in rows])
+    resolved = resolve(written)
+    assert painted(resolved) == painted(written)
+    assert (ends(resolved)[:-1] <= resolved["start"][1:]).all()

@@ -3,6 +3,7 @@ import random
 import pytest
 
 from drctl.errors import IntegrityError, Locked, NotFound, OutOfSpace, ProtocolViolation, Refused
+from drctl.model.checkpoint import resolve
 from drctl.model.group import GroupDisk, Retention
 from drctl.store.group_info import StoreMode
 from drctl.store.group_store import GroupStore
@@ -302,3 +303,26 @@ def test_a_new_disk_gets_a_base(live):
     live.send(live.control(FrameKind.DEFINITION, version=1, disks=disks, machines=[], spec={}))
     assert GroupDisk(3, "new", "vda", 4096) in live.store.info.disks
     assert (live.root / "disks/new.vda/base.raw").stat().st_size == 4096
+
+
+def test_a_look_at_few_checkpoints_finds_what_a_look_at_all_does(live):
+    h = live
+    numbers = [h.mark(tags=["nightly"] if index % 3 == 0 else []) for index in range(7)]
+    unproven = h.mark(prove=False)
+    h.sync()
+    h.store.tag(numbers[1], "before-upgrade")
+    h.store.untag("nightly")
+    h.store.tag(numbers[3], "nightly")
+    every = h.store.checkpoints()
+    assert h.store.count() == len(every) == len(numbers)
+    assert (h.store.oldest().number, h.store.newest().number) == (numbers[0], numbers[-1])
+    assert h.store.checkpoints(2) == every[-2:]
+    assert [moment.number for moment in h.store.moments()] == numbers
+    now = every[-1].time + 1
+    selectors = ["latest", f"#{numbers[2]}", "-11s", "tag:before-upgrade", "tag:nightly", "-1s"]
+    assert [h.store.choose(each, now) for each in selectors] == [resolve(each, every, now) for each in selectors]
+    for each in (f"#{unproven}", "-1h", "tag:other"):
+        with pytest.raises(NotFound):
+            h.store.choose(each, now)
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        h.store.choose("yesterday", now)

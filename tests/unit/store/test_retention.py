@@ -36,12 +36,12 @@ def test_what_is_dropped_is_never_wanted_again(times, later):
 
 def test_a_forecast_tells_when_the_limit_will_cut_history():
     retention = Retention(history=7 * 86400, journal_limit=10 * GiB)
-    told = forecast([0.0, 86400.0], 4 * GiB, retention, 86400.0)
+    told = forecast(0.0, 4 * GiB, retention, 86400.0)
     assert told.history == 86400
     assert told.falls_short
     assert told.at_limit == 2.5 * 86400
     assert told.hours_until_short == 36
-    fine = forecast([0.0, 86400.0], 1 * GiB, retention, 86400.0)
+    fine = forecast(0.0, 1 * GiB, retention, 86400.0)
     assert not fine.falls_short
     assert fine.hours_until_short is None
-    assert forecast([], 0, retention, 5.0).at_limit is None
+    assert forecast(None, 0, retention, 5.0).at_limit is None
