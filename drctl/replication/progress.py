@@ -245,7 +245,7 @@ class Progress:
         if self.needs is Needs.UNKNOWN:
             return "the receiver was not reached yet"
         if self.needs is not Needs.NOTHING:
-            return f"a {self.needs} sync is needed first"
+            return f"{'an' if self.needs is Needs.INITIAL else 'a'} {self.needs} sync is needed first"
         if self.sync is not None and self.sync.active:
             return "a sync is running"
         if self.dirty_outstanding:

@@ -107,6 +107,7 @@ class Witness:
     async def attest(self) -> None:
         """For ever: have the newest mark attested; a yes covers the older ones."""
         state = self._state
+        told = ""
         while True:
             mark = state.progress.marks.to_attest()
             if mark is None:
@@ -117,9 +118,12 @@ class Witness:
                 params = {"group": state.config.group, "number": mark.number}
                 answer = await self._attests.call("shipper.attest", params, ATTEST_TIMEOUT)
             except (ApplianceUnreachable, Refused) as exc:
-                log.info("attest: %s", exc)
+                if exc.message != told:  # else a supervisor that is away for an hour makes 7,200 lines
+                    log.info("no mark can be attested: %s", exc)
+                told = exc.message
                 await asyncio.sleep(RETRY)
                 continue
+            told = ""
             state.progress.attested(mark.number, _reason(answer), state.ring.look())
             state.settle()
             state.wake.set()
