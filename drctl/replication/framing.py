@@ -1,11 +1,13 @@
 """Ring records, blocks that were read, and control messages as frames. Pure but for the CPU it burns.
 
-Safe to run in several threads at once: the compressor is one per thread and every call is one shot.
+Safe to run in several threads at once: the compressors are each thread's own.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,8 @@ from drctl.errors import ProtocolViolation
 from drctl.model.extent import BLOCK, FRAME_PAYLOAD, SECTOR
 from drctl.store.ring_reader import Batch
 from drctl.wire import frame
-from drctl.wire.frame import EXTENT, EXTENT_WRITE, EXTENT_ZERO, FrameKind, Span
-from drctl.wire.link import MAX_MESSAGE
+from drctl.wire.frame import EXTENT, EXTENT_SIZE, EXTENT_WRITE, EXTENT_ZERO, Buffer, Compress, FrameKind, Parts, Span
+from drctl.wire.link import MAX_MESSAGE, frames_head
 from drctl.wire.ring import RECORD_WRITE
 
 if sys.version_info >= (3, 14):
@@ -28,10 +30,30 @@ else:
 
 #: Extents of one frame; keeps the table (24 bytes each) small beside the payload when all records are zeroes.
 MAX_FRAME_EXTENTS = 1024
+#: zstd's level when nothing presses; what is tried under pressure is in pressure.py.
+LEVEL = 1
 #: A sample this long is compressed first; random data costs this much instead of the whole.
 _SAMPLE = 4096
 _SECTORS_PER_FRAME = FRAME_PAYLOAD // SECTOR
 _ZEROES = bytes(FRAME_PAYLOAD)
+
+
+class _Compressors(threading.local):
+    """By level, each thread's own."""
+
+    def __init__(self) -> None:
+        self.by_level: dict[int, Compress] = {}
+
+
+_compressors = _Compressors()
+
+
+def _compressor(level: int) -> Compress:
+    kept = _compressors.by_level
+    if level not in kept:
+        made = zstd.ZstdCompressor(level)
+        kept[level] = lambda data: made.compress(data, zstd.ZstdCompressor.FLUSH_FRAME)
+    return kept[level]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,72 +67,83 @@ class Stamp:
         return Span(self.generation, self.epoch, first, last, partial)
 
 
-def frames_of_batch(stamp: Stamp, batch: Batch) -> list[bytes]:
-    """DATA frames for records of the ring, in their order."""
-    frames: list[bytes] = []
-    starts = batch.starts.astype(np.int64)
-    ends = np.append(starts[1:], len(batch.data))
+def frames_of_batch(stamp: Stamp, batch: Batch, level: int | None = LEVEL) -> list[Parts]:
+    """DATA frames for records of the ring, in their order. `level`: zstd's; None stores everything."""
+    frames: list[Parts] = []
+    starts: list[int] = batch.starts.tolist()
+    ends = [*starts[1:], len(batch.data)]
+    cuts: list[tuple[int, int]] = []
     first = 0
     while first < len(batch):
-        after = int(np.searchsorted(ends, starts[first] + FRAME_PAYLOAD, side="right"))
-        after = min(after, first + MAX_FRAME_EXTENTS)
-        if after > first:
-            frames.append(_frame(stamp, batch, slice(first, after)))
-            first = after
+        after = min(bisect_right(ends, starts[first] + FRAME_PAYLOAD), first + MAX_FRAME_EXTENTS)
+        # A record larger than a frame stands alone, and is cut below.
+        cuts.append((first, after if after > first else first + 1))
+        first = cuts[-1][1]
+    table = memoryview(_table(batch, cuts).tobytes())
+    sequence = batch.first
+    for first, after in cuts:
+        payload = batch.data[starts[first] : ends[after - 1]]
+        extents = table[first * EXTENT_SIZE : after * EXTENT_SIZE]
+        if len(payload) > FRAME_PAYLOAD:
+            frames += _pieces(stamp, batch.descriptors[first], payload, level)
         else:
-            frames += _pieces(stamp, batch.descriptors[first], batch.payload(first))
-            first += 1
+            span = stamp.span(sequence + first, sequence + after - 1)
+            frames.append(_data(FrameKind.DATA, span, extents, payload, level))
     return frames
 
 
-def _frame(stamp: Stamp, batch: Batch, part: slice) -> bytes:
-    records = batch.descriptors[part]
-    starts = batch.starts[part]
+def _table(batch: Batch, cuts: list[tuple[int, int]]) -> frame.Extents:
+    """The extent tables of all frames that `cuts` makes, one after the other."""
+    records, starts = batch.descriptors, batch.starts
     is_write = records["kind"] == RECORD_WRITE
+    firsts = np.array([first for first, _ in cuts])
+    heads = np.repeat(firsts, [after - first for first, after in cuts])
     table = np.zeros(len(records), EXTENT)
     table["offset"] = records["offset"]
     table["length"] = records["length"]
     table["disk"] = records["disk"]
     table["kind"] = np.where(is_write, EXTENT_WRITE, EXTENT_ZERO)
-    table["payload_offset"] = np.where(is_write, starts - starts[0], 0)
-    table["sequence_delta"] = records["sequence"] - records["sequence"][0]
-    end = int(starts[-1]) + (int(records["length"][-1]) * SECTOR if is_write[-1] else 0)
-    payload = batch.data[int(starts[0]) : end]
-    span = stamp.span(int(records["sequence"][0]), int(records["sequence"][-1]))
-    return frame.pack(FrameKind.DATA, span, table, payload, compress=compressible(payload))
+    table["payload_offset"] = np.where(is_write, starts - starts[heads], 0)
+    table["sequence_delta"] = np.arange(len(records)) - heads
+    return table
 
 
-def _pieces(stamp: Stamp, record: Any, data: memoryview) -> list[bytes]:
+def _data(kind: FrameKind, span: Span, extents: Buffer, payload: Buffer, level: int | None) -> Parts:
+    compress = None if level is None or not compressible(payload) else _compressor(level)
+    return frame.pack_parts(kind, span, extents, payload, compress)
+
+
+def _pieces(stamp: Stamp, record: Any, data: memoryview, level: int | None) -> list[Parts]:
     """A record that is larger than a frame: PARTIAL on all but its last."""
     sequence, offset, sectors = int(record["sequence"]), int(record["offset"]), int(record["length"])
     frames = []
     for done in range(0, sectors, _SECTORS_PER_FRAME):
         length = min(_SECTORS_PER_FRAME, sectors - done)
         payload = data[done * SECTOR : (done + length) * SECTOR]
-        table = _one_extent(offset + done, length, int(record["disk"]), EXTENT_WRITE)
+        extent = _one_extent(offset + done, length, int(record["disk"]), EXTENT_WRITE)
         span = stamp.span(sequence, sequence, partial=done + length < sectors)
-        frames.append(frame.pack(FrameKind.DATA, span, table, payload, compress=compressible(payload)))
+        frames.append(_data(FrameKind.DATA, span, extent, payload, level))
     return frames
 
 
-def _one_extent(offset: int, length: int, disk: int, kind: int) -> frame.Extents:
-    table = np.zeros(1, EXTENT)
-    table[0] = (offset, length, disk, kind, 0, 0, 0)
-    return table
+def _one_extent(offset: int, length: int, disk: int, kind: int) -> bytes:
+    return frame.EXTENT_LAYOUT.pack(offset, length, disk, kind, 0, 0, 0)
 
 
-def frames_of_zeroes(stamp: Stamp, position: int, disk: int, offset: int, length: int) -> list[bytes]:
+def frames_of_zeroes(stamp: Stamp, position: int, disk: int, offset: int, length: int) -> list[Parts]:
     """A SYNC frame that says: this range (bytes) is zeroes. One frame per 1 TiB."""
     frames = []
     largest = 1 << 31
     for done in range(0, length // SECTOR, largest):
         sectors = min(largest, length // SECTOR - done)
-        table = _one_extent(offset // SECTOR + done, sectors, disk, EXTENT_ZERO)
-        frames.append(frame.pack(FrameKind.SYNC, stamp.span(position, position), table, b""))
+        extent = _one_extent(offset // SECTOR + done, sectors, disk, EXTENT_ZERO)
+        frames.append(frame.pack_parts(FrameKind.SYNC, stamp.span(position, position), extent, b"", None))
     return frames
 
 
-def frames_of_blocks(stamp: Stamp, position: int, disk: int, offset: int, data: bytes | memoryview) -> list[bytes]:
+def frames_of_blocks(
+    stamp: Stamp, position: int, disk: int, offset: int, data: Buffer, level: int | None = LEVEL
+) -> list[Parts]:
     """SYNC frames for what was read at `offset` (bytes, multiples of a sector). Blocks of zeroes carry no payload."""
     whole = memoryview(data)
     frames = []
@@ -119,24 +152,25 @@ def frames_of_blocks(stamp: Stamp, position: int, disk: int, offset: int, data: 
         if piece == _ZEROES[: len(piece)]:
             frames += frames_of_zeroes(stamp, position, disk, offset + done, len(piece))
         else:
-            frames.append(_blocks(stamp, position, disk, offset + done, piece))
+            table, payload = _blocks(disk, offset + done, piece)
+            frames.append(_data(FrameKind.SYNC, stamp.span(position, position), table, payload, level))
     return frames
 
 
-def _blocks(stamp: Stamp, position: int, disk: int, offset: int, piece: memoryview) -> bytes:
-    runs = _runs(piece)
-    table = np.zeros(len(runs), EXTENT)
+def _blocks(disk: int, offset: int, piece: memoryview) -> tuple[bytes, Buffer]:
+    """Extent table and payload of a piece of a disk."""
+    table: list[bytes] = []
     parts: list[memoryview] = []
     filled = 0
-    for index, (begin, end, is_zero) in enumerate(runs):
+    for begin, end, is_zero in _runs(piece):
         kind = EXTENT_ZERO if is_zero else EXTENT_WRITE
         place = 0 if is_zero else filled
-        table[index] = ((offset + begin) // SECTOR, (end - begin) // SECTOR, disk, kind, 0, place, 0)
+        sectors = (end - begin) // SECTOR
+        table.append(frame.EXTENT_LAYOUT.pack((offset + begin) // SECTOR, sectors, disk, kind, 0, place, 0))
         if not is_zero:
             parts.append(piece[begin:end])
             filled += end - begin
-    payload = parts[0] if len(parts) == 1 else b"".join(parts)
-    return frame.pack(FrameKind.SYNC, stamp.span(position, position), table, payload, compress=compressible(payload))
+    return b"".join(table), parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _runs(piece: memoryview) -> list[tuple[int, int, bool]]:
@@ -155,30 +189,44 @@ def _runs(piece: memoryview) -> list[tuple[int, int, bool]]:
     return runs
 
 
-def compressible(payload: bytes | memoryview) -> bool:
+def compressible(payload: Buffer) -> bool:
     """Whether a sample from the middle shrinks by an eighth. Small payloads are just tried."""
     if len(payload) < 4 * _SAMPLE:
         return True
     middle = len(payload) // 2 // _SAMPLE * _SAMPLE
-    return len(zstd.compress(payload[middle : middle + _SAMPLE], 1)) < _SAMPLE - _SAMPLE // 8
+    return len(_compressor(LEVEL)(payload[middle : middle + _SAMPLE])) < _SAMPLE - _SAMPLE // 8
 
 
-def control_frame(stamp: Stamp, kind: FrameKind, position: int, fields: dict[str, Any]) -> bytes:
+def control_frame(stamp: Stamp, kind: FrameKind, position: int, fields: dict[str, Any]) -> Parts:
     """A control frame. Raises ProtocolViolation when it can't pass the link (a definition with huge files)."""
-    whole = frame.pack(kind, stamp.span(position, position), None, msgspec.json.encode(fields))
-    if len(whole) > MAX_MESSAGE - 16:
-        raise ProtocolViolation(f"a {kind.name} of {len(whole)} bytes is too large for the link")
-    return whole
+    parts = frame.pack_parts(kind, stamp.span(position, position), b"", msgspec.json.encode(fields), _compressor(LEVEL))
+    size = _size(parts)
+    if size > MAX_MESSAGE - 16:
+        raise ProtocolViolation(f"a {kind.name} of {size} bytes is too large for the link")
+    return parts
 
 
-def messages_of(frames: Sequence[bytes], limit: int = MAX_MESSAGE // 4) -> list[list[bytes]]:
-    """The frames in groups of at most about `limit` bytes, each to be one FRAMES message."""
-    groups: list[list[bytes]] = []
-    size = limit
-    for whole in frames:
-        if size + len(whole) > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(whole)
-        size += len(whole)
-    return groups
+def _size(parts: Parts) -> int:
+    return len(parts[0]) + len(parts[1])
+
+
+def messages_of(frames: Sequence[Parts], limit: int = MAX_MESSAGE // 2) -> list[bytes]:
+    """FRAMES messages, as they go over the link, of the frames: at most about `limit` bytes each. The only copy of a
+    payload between ring and TLS is made here."""
+    messages = []
+    group: list[Buffer] = [b""]
+    size = 0
+    for parts in frames:
+        if size and size + _size(parts) > limit:
+            messages.append(_message(group, size))
+            group, size = [b""], 0
+        group += parts
+        size += _size(parts)
+    if size:
+        messages.append(_message(group, size))
+    return messages
+
+
+def _message(group: list[Buffer], size: int) -> bytes:
+    group[0] = frames_head(size)
+    return b"".join(group)

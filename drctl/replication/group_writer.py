@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +81,12 @@ class GroupWriter:
             wall_ns=time.time_ns(),
         )
 
-    async def write(self, token: StreamToken, messages: list[bytes]) -> Ack:
+    async def write(self, token: StreamToken, messages: Sequence[bytes | memoryview]) -> Ack:
         """Append the frames in all messages and make them durable. Raises what the store raises, IntegrityError for a
         damaged frame, Refused when another connection has taken the stream over."""
         return await self._run(lambda: self._write(token, messages))
 
-    def _write(self, token: StreamToken, messages: list[bytes]) -> Ack:
+    def _write(self, token: StreamToken, messages: Sequence[bytes | memoryview]) -> Ack:
         if self._token is not token or self._store is None:
             raise Refused("another connection has taken this stream over")
         try:

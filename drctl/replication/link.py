@@ -8,81 +8,177 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 from drctl.errors import ApplianceUnreachable, CertificateRejected, DrctlError, ProtocolViolation, SetupFailed
 from drctl.replication import identity
 from drctl.replication.identity import Peer
-from drctl.wire import link as wire
 from drctl.wire.link import Message, Role, Session
 
 HANDSHAKE_TIMEOUT = 10.0
 #: What asyncio keeps for a peer that does not read; a few messages, so that the window is the ring, not memory.
 WRITE_BUFFER = 2 * 1024 * 1024
-READ_CHUNK = 256 * 1024
+WRITE_PIECE = 256 * 1024
+#: Received messages that wait for their reader; beyond it the socket is not read.
+RECEIVED_LIMIT = 4 * 1024 * 1024
 #: Half-open connections at once; more wait in the kernel's queue.
 MAX_HANDSHAKES = 32
 
 log = logging.getLogger(__name__)
 
 
+class LinkProtocol(asyncio.BufferedProtocol):
+    """What TLS decrypts goes straight into the messages' own memory; whole messages wait here, few MiB at most.
+
+    Invariant: the transport is paused while more than RECEIVED_LIMIT bytes of messages wait."""
+
+    def __init__(self, role: Role) -> None:
+        self.session = Session(role)
+        self.received_bytes = 0
+        self._transport: asyncio.Transport | None = None
+        self._messages: deque[tuple[Message, int]] = deque()
+        self._waiting_bytes = 0
+        self._since_message = 0
+        self._paused = False
+        self._news = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._failure: BaseException | None = None
+        self._ended = False
+        self.closed = asyncio.Event()
+
+    # called by the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are of no common class
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.session.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received_bytes += nbytes
+        self._since_message += nbytes
+        try:
+            message = self.session.buffer_updated(nbytes)
+        except ProtocolViolation as exc:
+            self._end(exc)
+            self._pause()
+            return
+        if message is None:
+            return
+        self._messages.append((message, self._since_message))
+        self._waiting_bytes += self._since_message
+        self._since_message = 0
+        self._news.set()
+        if self._waiting_bytes > RECEIVED_LIMIT:
+            self._pause()
+
+    def eof_received(self) -> bool:
+        self._end(None)
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._end(exc)
+        self.closed.set()
+        self._writable.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _end(self, exc: BaseException | None) -> None:
+        self._failure = self._failure or exc
+        self._ended = True
+        self._news.set()
+
+    def _pause(self) -> None:
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    # called by the connection
+
+    async def next_messages(self) -> list[Message]:
+        """All that wait, at least one; none at the end. Raises what ended the connection."""
+        await self._news.wait()
+        messages = [message for message, _ in self._messages]
+        self._messages.clear()
+        self._waiting_bytes = 0
+        if not messages:
+            if self._failure is not None:
+                raise self._failure
+            return []
+        if not self._ended:
+            self._news.clear()
+            if self._paused and self._transport is not None and not self._transport.is_closing():
+                self._paused = False
+                self._transport.resume_reading()
+        return messages
+
+    async def drained(self) -> None:
+        """Until the transport takes more. Raises what ended the connection."""
+        await self._writable.wait()
+        if self.closed.is_set():
+            raise self._failure or ConnectionResetError("the connection is closed")
+
+
 class Connection:
     """One established connection to an authorised peer. `receive` and `send` may run in two tasks."""
 
-    def __init__(
-        self, role: Role, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, appliance: str, peer: Peer
-    ) -> None:
-        self._session = Session(role)
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, protocol: LinkProtocol, transport: asyncio.Transport, appliance: str, peer: Peer) -> None:
+        self._protocol = protocol
+        self._transport = transport
         self.appliance = appliance
         self.peer = peer
         self.sent_bytes = 0
-        self.received_bytes = 0
+
+    @property
+    def received_bytes(self) -> int:
+        return self._protocol.received_bytes
 
     async def receive(self) -> list[Message]:
         """The next messages; empty at the end of the connection. Raises ProtocolViolation, CertificateRejected or
         ApplianceUnreachable; the connection is of no use then."""
-        while True:
-            try:
-                data = await self._reader.read(READ_CHUNK)
-            except (OSError, EOFError) as exc:
-                raise identity.rejection(exc) or ApplianceUnreachable(f"the link broke: {exc}") from exc
-            if not data:
-                return []
-            self.received_bytes += len(data)
-            if messages := self._session.receive(data):
-                return messages
+        try:
+            return await self._protocol.next_messages()
+        except (OSError, EOFError) as exc:
+            raise identity.rejection(exc) or ApplianceUnreachable(f"the link broke: {exc}") from exc
 
     async def send(self, message: Message) -> None:
-        await self._write([self._session.send(message)])
+        await self._write(self._protocol.session.send(message))
 
-    async def send_frames(self, frames: Sequence[bytes]) -> None:
-        """Send whole frames as one message, copied once. Their sum is at most what the link allows."""
-        data = b"".join(frames)
-        await self._write([self._session.send(wire.Frames(data))])
+    async def send_frames(self, message: bytes) -> None:
+        """Send a FRAMES message that is packed already."""
+        self._protocol.session.sends_frames()
+        await self._write(message)
 
-    async def _write(self, parts: list[bytes]) -> None:
+    async def _write(self, data: bytes) -> None:
+        whole = memoryview(data)
         try:
-            for part in parts:
-                self._writer.write(part)
-                self.sent_bytes += len(part)
-            await self._writer.drain()
+            # In pieces that stay in the processor's cache while they are encrypted, copied and sent.
+            for at in range(0, len(whole), WRITE_PIECE):
+                self._transport.write(whole[at : at + WRITE_PIECE])
+            self.sent_bytes += len(whole)
+            await self._protocol.drained()
         except (OSError, RuntimeError) as exc:
             raise identity.rejection(exc) or ApplianceUnreachable(f"the link broke: {exc}") from exc
 
     async def close(self) -> None:
         """Say goodbye for at most a second, then cut."""
         with contextlib.suppress(OSError, TimeoutError, RuntimeError):
-            self._writer.close()
+            self._transport.close()
             async with asyncio.timeout(1):
-                await self._writer.wait_closed()
+                await self._protocol.closed.wait()
         self.abort()
 
     def abort(self) -> None:
         with contextlib.suppress(OSError, RuntimeError):
-            self._writer.transport.abort()
+            self._transport.abort()
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -100,14 +196,13 @@ async def dial(address: str, tls_dir: Path, expected: str = "") -> Connection:
     host, port = split_address(address)
     context = identity.client_context(tls_dir)
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(2 * READ_CHUNK, loop)
-    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    protocol = LinkProtocol(Role.SOURCE)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT):
             transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=context)
     except (OSError, TimeoutError, EOFError) as exc:
         raise identity.rejection(exc) or _unreachable(address, exc) from exc
-    return _connection(Role.SOURCE, transport, protocol, reader, tls_dir, expected)
+    return _connection(protocol, transport, tls_dir, expected)
 
 
 def _unreachable(address: str, exc: BaseException) -> ApplianceUnreachable:
@@ -121,15 +216,7 @@ def _unreachable(address: str, exc: BaseException) -> ApplianceUnreachable:
     return ApplianceUnreachable(f"no link to {address}: {why}", hint="is the other site's appliance running?")
 
 
-def _connection(
-    role: Role,
-    transport: asyncio.Transport,
-    protocol: asyncio.StreamReaderProtocol,
-    reader: asyncio.StreamReader,
-    tls_dir: Path,
-    expected: str = "",
-) -> Connection:
-    writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+def _connection(protocol: LinkProtocol, transport: asyncio.Transport, tls_dir: Path, expected: str = "") -> Connection:
     transport.set_write_buffer_limits(high=WRITE_BUFFER)
     _tune(transport.get_extra_info("socket"))
     try:
@@ -144,7 +231,7 @@ def _connection(
     except DrctlError:
         transport.abort()
         raise
-    return Connection(role, reader, writer, appliance, peer)
+    return Connection(protocol, transport, appliance, peer)
 
 
 def _tune(sock: socket.socket) -> None:
@@ -228,8 +315,7 @@ class Listener:
 
     async def _shake_hands(self, sock: socket.socket, address: str) -> Connection:
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(2 * READ_CHUNK, loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        protocol = LinkProtocol(Role.RECEIVER)
         try:
             context = identity.server_context(self._tls_dir)
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
@@ -239,4 +325,4 @@ class Listener:
             raise identity.rejection(exc) or ProtocolViolation(
                 f"no TLS handshake from {address}: {exc or type(exc).__name__}"
             ) from exc
-        return _connection(Role.RECEIVER, transport, protocol, reader, self._tls_dir)
+        return _connection(protocol, transport, self._tls_dir)

@@ -19,11 +19,14 @@ import msgspec
 import uvloop
 
 from drctl.errors import DrctlError, SetupFailed
-from drctl.replication import control
+from drctl.replication import control, heap
 from drctl.replication.group_writer import GroupWriter, open_writer
 from drctl.replication.link import Connection, Listener
 from drctl.replication.maintenance_child import MaintenanceChild
 from drctl.replication.receiver_session import ReceiverSession, hear_hello, refuse
+
+#: How often it is looked whether data flows.
+REST_EVERY = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class Receiver:
         server = await control.serve(Path(self._config.control), self._handlers())
         log.info("listening on port %d", self.listener.port)
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.listener.run())]
+            running = [tasks.create_task(self.listener.run()), tasks.create_task(self._rest())]
             if self._config.maintenance:
                 running.append(tasks.create_task(self._maintenance.run()))
             await self._stopping.wait()
@@ -83,6 +86,12 @@ class Receiver:
         server.close()
         for writer in self._writers.values():
             await writer.close()
+
+    async def _rest(self) -> None:
+        rest = heap.Rest()
+        while True:
+            await asyncio.sleep(REST_EVERY)
+            rest.look(sum(session.received_bytes for session, _ in self._sessions.values()), time.monotonic())
 
     # connections
 
@@ -212,6 +221,7 @@ def main(arguments: list[str]) -> int:
         log.error("usage: python -m drctl.replication.receiver CONFIG.json")
         return 2
     try:
+        heap.settle()
         uvloop.run(_run(load_config(Path(arguments[0]))))
     except DrctlError as exc:
         log.error("%s", exc)

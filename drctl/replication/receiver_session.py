@@ -17,7 +17,7 @@ from drctl.wire import link as wire
 
 HELLO_TIMEOUT = 10.0
 #: Frames that wait for the store; beyond it the socket is not read, and TCP slows the source down.
-WAITING_LIMIT = 8 * MiB
+WAITING_LIMIT = 16 * MiB
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class ReceiverSession:
         self._writer = writer
         self.hello = hello
         self.token = StreamToken(hello.host, hello.generation, hello.epoch)
-        self._waiting: list[bytes] = []
+        self._waiting: list[bytes | memoryview] = []
         self._waiting_bytes = 0
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
@@ -96,7 +96,7 @@ class ReceiverSession:
             if self._ended:
                 return
 
-    async def _make_durable(self, batch: list[bytes]) -> None:
+    async def _make_durable(self, batch: list[bytes | memoryview]) -> None:
         ack = await self._writer.write(self.token, batch)
         self.sequence, self.mark, self.sync = ack.sequence, ack.mark, ack.sync
         self.acknowledgements += 1

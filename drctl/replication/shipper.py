@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from drctl.errors import (
     Refused,
     WrongPhase,
 )
-from drctl.replication import control, link
+from drctl.replication import control, heap, link
 from drctl.replication.framing import Stamp
 from drctl.replication.marks import Mark
 from drctl.replication.progress import Progress
@@ -85,8 +86,10 @@ class Shipper:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def _beat(self) -> None:
+        rest = heap.Rest()
         while True:
             self.state.ring.beat()
+            rest.look(self.state.link.sent_bytes, time.monotonic())
             if self.state.definition.refresh():
                 self._definition_changed()
             await asyncio.sleep(LONGEST_WAIT)
@@ -230,6 +233,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         with contextlib.suppress(KeyboardInterrupt):
+            heap.settle()
             uvloop.run(_run(load_config(Path(arguments[0]))))
     except DrctlError as exc:
         log.error("%s", exc)

@@ -15,6 +15,7 @@ from typing import Any
 from drctl.errors import ApplianceUnreachable, ProtocolViolation, Refused, WrongPhase
 from drctl.model.extent import MiB
 from drctl.replication import framing
+from drctl.replication.framing import Stamp
 from drctl.replication.link import Connection
 from drctl.replication.progress import (
     SendDefinition,
@@ -28,13 +29,14 @@ from drctl.replication.progress import (
     Step,
 )
 from drctl.replication.shipper_state import ShipperState
+from drctl.store.ring_reader import Batch
 from drctl.wire import link as wire
-from drctl.wire.frame import FrameKind
+from drctl.wire.frame import FrameKind, Parts
 
 #: Data of one step, and steps between ring and socket: 4 MiB in flight, however large the ring.
-STEP_BYTES = MiB // 2
+STEP_BYTES = MiB
 STEP_RECORDS = 1024
-STEPS = 8
+STEPS = 4
 PING_EVERY = 2.0
 #: A receiver that says nothing for so long (it answers pings) is as good as gone.
 SILENCE_LIMIT = 20.0
@@ -42,7 +44,7 @@ SILENCE_LIMIT = 20.0
 GATHER = 0.002
 _GATHER_BELOW = 64
 
-_Frames = asyncio.Future[list[bytes]]
+_Messages = asyncio.Future[list[bytes]]
 
 
 class StreamSender:
@@ -52,7 +54,7 @@ class StreamSender:
         self._state = state
         self._connection = connection
         self._workers = workers
-        self._steps: asyncio.Queue[_Frames] = asyncio.Queue(STEPS)
+        self._steps: asyncio.Queue[_Messages] = asyncio.Queue(STEPS)
         self._pings: dict[int, tuple[int, int]] = {}
         self._heard = time.monotonic()
 
@@ -122,43 +124,44 @@ class StreamSender:
                 # Not for the cursor: while a read holds it, records beyond it are no reason to look again.
                 await state.ring.wait(view.published)
                 continue
-            await self._steps.put(self._frames_of(step))
+            await self._steps.put(self._messages_of(step))
             if isinstance(step, SendRecords) and state.progress.cursor - step.after < _GATHER_BELOW:
                 await asyncio.sleep(GATHER)
 
-    def _frames_of(self, step: Step) -> _Frames:
+    def _messages_of(self, step: Step) -> _Messages:
         if isinstance(step, SendRecords):
             return self._records(step)
         if isinstance(step, SendSyncData):
             return self._blocks(step)
         return _ready(self._control(step))
 
-    def _records(self, step: SendRecords) -> _Frames:
+    def _records(self, step: SendRecords) -> _Messages:
         state = self._state
         batch = state.ring.batch(step.after, step.upto, STEP_BYTES, STEP_RECORDS)
         assert batch is not None
         state.progress.shipped(batch.last)
         state.shipped_records += len(batch)
         state.shipped_bytes += len(batch.data)
-        return self._in_worker(framing.frames_of_batch, state.stamp, batch)
+        return self._in_worker(_verified, state.stamp, batch)
 
-    def _blocks(self, step: SendSyncData) -> _Frames:
+    def _blocks(self, step: SendSyncData) -> _Messages:
         read, stamp = step.read, self._state.stamp
         extent = read.extent
         self._state.moved.set()
         if read.zero:
-            return _ready(framing.frames_of_zeroes(stamp, step.position, read.disk, extent.offset, extent.length))
+            frames = framing.frames_of_zeroes(stamp, step.position, read.disk, extent.offset, extent.length)
+            return _ready(framing.messages_of(frames))
         assert read.data is not None
         return self._in_worker(framing.frames_of_blocks, stamp, step.position, read.disk, extent.offset, read.data)
 
-    def _in_worker(self, work: Any, *args: Any) -> _Frames:
-        return asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
+    def _in_worker(self, work: Callable[..., list[Parts]], *args: Any) -> _Messages:
+        return asyncio.get_running_loop().run_in_executor(self._workers, _packed, work, *args)
 
     def _control(self, step: Step) -> list[bytes]:
         state = self._state
         position = state.progress.cursor
         kind, fields = self._control_fields(step)
-        return [framing.control_frame(state.stamp, kind, position, fields)]
+        return framing.messages_of([framing.control_frame(state.stamp, kind, position, fields)])
 
     def _control_fields(self, step: Step) -> tuple[FrameKind, dict[str, Any]]:
         match step:
@@ -190,10 +193,9 @@ class StreamSender:
 
     async def _write(self) -> None:
         while True:
-            frames = await (await self._steps.get())
-            for group in framing.messages_of(frames):
-                await self._connection.send_frames(group)
-            self._state.link.sent_bytes += sum(map(len, frames))
+            for message in await (await self._steps.get()):
+                await self._connection.send_frames(message)
+                self._state.link.sent_bytes += len(message)
 
     # hearing
 
@@ -235,9 +237,18 @@ class StreamSender:
             await self._connection.send(wire.Ping(number, wall, monotonic))
 
 
-def _ready(frames: list[bytes]) -> _Frames:
-    future: _Frames = asyncio.get_running_loop().create_future()
-    future.set_result(frames)
+def _verified(stamp: Stamp, batch: Batch) -> list[Parts]:
+    batch.verify()
+    return framing.frames_of_batch(stamp, batch)
+
+
+def _packed(work: Callable[..., list[Parts]], *args: Any) -> list[bytes]:
+    return framing.messages_of(work(*args))
+
+
+def _ready(messages: list[bytes]) -> _Messages:
+    future: _Messages = asyncio.get_running_loop().create_future()
+    future.set_result(messages)
     return future
 
 

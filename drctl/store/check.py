@@ -15,31 +15,47 @@ from drctl.model.group import GroupDisk
 from drctl.store.content import StreamState, control_fields
 from drctl.store.journal import FrameList
 from drctl.store.segment import PlacedFrame, StreamKey
-from drctl.wire.frame import EXTENT_WRITE, EXTENT_ZERO, HEADER_SIZE, Extents, FrameKind, extents_of
+from drctl.wire.frame import (
+    EXTENT,
+    EXTENT_SIZE,
+    EXTENT_WRITE,
+    EXTENT_ZERO,
+    HEADER_SIZE,
+    Extents,
+    FrameHeader,
+    FrameKind,
+)
 
 
 def check_batch(stream: StreamKey, state: StreamState, frames: FrameList, disks: Sequence[GroupDisk]) -> None:
     """Raises ProtocolViolation: another stream's frame, a malformed control frame, an extent outside of its disk or
     payload."""
-    tables: list[Extents] = []
+    tables: list[memoryview] = []
     lengths: list[int] = []
+    counts: list[int] = []
     for header, whole in frames:
-        if (header.generation, header.epoch) != (stream.generation, stream.epoch):
+        if header.epoch != stream.epoch or header.generation != stream.generation:
             raise ProtocolViolation(f"frame of epoch {header.epoch} in the stream of epoch {stream.epoch}")
-        try:
-            fields = control_fields(PlacedFrame(0, header, whole))
-            state = state.after(header, fields)
-            if header.kind is FrameKind.MARK:
-                _check_mark(fields)
-        except (IntegrityError, KeyError, TypeError, ValueError) as exc:
-            raise ProtocolViolation(f"malformed {header.kind.name} frame: {exc!r}") from exc
-        if header.extent_count:
+        if not header.is_data:
+            state = _check_control(state, header, whole)
+        if count := header.extent_count:
             if not header.is_data or header.raw_length > FRAME_PAYLOAD:
                 raise ProtocolViolation(f"{header.kind.name} frame with extents or more payload than a frame may have")
-            tables.append(extents_of(header, whole[HEADER_SIZE:]))
+            tables.append(whole[HEADER_SIZE : HEADER_SIZE + count * EXTENT_SIZE])
             lengths.append(header.raw_length)
+            counts.append(count)
     if tables:
-        _check_extents(np.concatenate(tables), np.repeat(lengths, [len(table) for table in tables]), disks)
+        _check_extents(np.frombuffer(b"".join(tables), EXTENT), np.repeat(lengths, counts), disks)
+
+
+def _check_control(state: StreamState, header: FrameHeader, whole: memoryview) -> StreamState:
+    try:
+        fields = control_fields(PlacedFrame(0, header, whole))
+        if header.kind is FrameKind.MARK:
+            _check_mark(fields)
+        return state.after(header, fields)
+    except (IntegrityError, KeyError, TypeError, ValueError) as exc:
+        raise ProtocolViolation(f"malformed {header.kind.name} frame: {exc!r}") from exc
 
 
 def _check_mark(fields: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from drctl.errors import IntegrityError
 from drctl.store.extent_map import Entries, entries_of
 from drctl.store.segment import PlacedFrame, SegmentHeader, SyncProgress
-from drctl.wire.frame import Extents, FrameHeader, FrameKind, extents_of, payload_of
+from drctl.wire.frame import EXTENT, EXTENT_SIZE, HEADER_SIZE, FrameHeader, FrameKind, payload_of
 
 #: Control frames that the catalog knows.
 LISTED = (FrameKind.MARK, FrameKind.PROOF, FrameKind.DEFINITION)
@@ -72,7 +74,8 @@ class Content:
         self.state = StreamState(header.sequence, header.mark, header.sync)
         self.controls: list[Control] = []
         self.extent_count = 0
-        self._tables: list[Extents] = []
+        #: Extent tables as bytes: an array for each would be twice as large and slower to make.
+        self._tables: list[bytes] = []
         self._frames: list[int] = []
 
     def add(self, frame: PlacedFrame) -> None:
@@ -83,12 +86,35 @@ class Content:
         if header.kind in LISTED:
             kept = {"version": fields.get("version")} if header.kind is FrameKind.DEFINITION else fields
             self.controls.append(Control(header.kind, frame.offset, frame.end, header.generation, header.epoch, kept))
+        self._take_extents(header, frame.whole)
+        self.end = frame.end
+
+    def extend(self, frames: Iterable[tuple[FrameHeader, memoryview]]) -> None:
+        """As `add`, for frames that lie one after the other from `end` on. A stream's state after many DATA frames is
+        that after the last of them, so most frames cost no more than the copy of their table."""
+        newest: FrameHeader | None = None
+        for header, whole in frames:
+            if not header.is_data:
+                self._stand_at(newest)
+                newest = None
+                self.add(PlacedFrame(self.end, header, whole))
+                continue
+            if header.kind is FrameKind.DATA:
+                newest = header
+            self._take_extents(header, whole)
+            self.end += header.size
+        self._stand_at(newest)
+
+    def _stand_at(self, header: FrameHeader | None) -> None:
+        if header is not None:
+            self.state = self.state.after(header, {})
+
+    def _take_extents(self, header: FrameHeader, whole: memoryview) -> None:
         if header.extent_count:
             # A copy: the frame's memory is the receiver's.
-            self._tables.append(extents_of(header, frame.body).copy())
-            self._frames.append(frame.offset)
+            self._tables.append(bytes(whole[HEADER_SIZE : HEADER_SIZE + header.extent_count * EXTENT_SIZE]))
+            self._frames.append(self.end)
             self.extent_count += header.extent_count
-        self.end = frame.end
 
     def add_all(self, frames: Iterable[PlacedFrame]) -> None:
         for frame in frames:
@@ -96,4 +122,4 @@ class Content:
 
     def entries(self) -> Entries:
         """All extents in log order."""
-        return entries_of(self._tables, self._frames, self.header.last)
+        return entries_of([np.frombuffer(table, EXTENT) for table in self._tables], self._frames, self.header.last)

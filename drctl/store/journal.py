@@ -25,7 +25,6 @@ from drctl.store.content import Content, Control, StreamState
 from drctl.store.run import write_segment_run
 from drctl.store.segment import (
     HEADER_SIZE,
-    PlacedFrame,
     Segment,
     SegmentHeader,
     StreamKey,
@@ -240,8 +239,7 @@ class Journal:
             # Give back what was written of it: the next append starts at a frame's border anyway.
             os.ftruncate(self._file, self._content.end)
             raise
-        for header, whole in frames:
-            self._content.add(PlacedFrame(self._content.end, header, whole))
+        self._content.extend(frames)
 
     def roll(self) -> None:
         """Seal the newest segment and begin the next of the same stream."""

@@ -18,6 +18,7 @@ import struct
 from enum import Enum, IntEnum
 
 import msgspec
+import numpy as np
 
 from drctl.errors import ProtocolViolation
 
@@ -96,7 +97,7 @@ class Welcome(msgspec.Struct, frozen=True):
 class Frames(msgspec.Struct, frozen=True):
     """Whole frames (wire/frame.py), not yet checked."""
 
-    data: bytes
+    data: bytes | memoryview
 
 
 class Ack(msgspec.Struct, frozen=True):
@@ -145,6 +146,7 @@ _TYPES: dict[MessageType, type[Message]] = {
 _NUMBERS: dict[type[Message], MessageType] = {kind: number for number, kind in _TYPES.items()}
 _DECODERS = {number: msgspec.json.Decoder(kind) for number, kind in _TYPES.items()}
 _ENCODER = msgspec.json.Encoder()
+_FRAMES = Frames(b"")
 
 
 def encode(message: Message) -> bytes:
@@ -167,43 +169,71 @@ def _head(number: MessageType, length: int) -> bytes:
 
 
 class Decoder:
-    """Bytes in, whole messages out. Never buffers more than one message of MAX_MESSAGE and what came with it."""
+    """Bytes in, whole messages out. Each body is received into memory of its own, which FRAMES then hand on uncopied.
+
+    Invariant: no more is reserved than one message of MAX_MESSAGE. `_filled` bytes of the head are there, or, with a
+    `_body`, of that."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._head = bytearray(_HEAD.size)
+        self._body: memoryview | None = None
+        self._filled = 0
 
     def feed(self, data: bytes | memoryview) -> list[Message]:
         """The messages that are whole now. Raises ProtocolViolation on a bad length, type or body."""
-        self._buffer += data
         found: list[Message] = []
-        start = 0
-        while (length := self._whole_at(start)) is not None:
-            found.append(self._decode(start, length))
-            start += 4 + length
-        if start:
-            del self._buffer[:start]
+        rest = memoryview(data)
+        while rest:
+            buffer = self.get_buffer()
+            count = min(len(buffer), len(rest))
+            buffer[:count] = rest[:count]
+            buffer.release()
+            rest = rest[count:]
+            if (message := self.buffer_updated(count)) is not None:
+                found.append(message)
         return found
 
-    def _whole_at(self, start: int) -> int | None:
-        available = len(self._buffer) - start
-        if available < 4:
-            return None
-        length = int.from_bytes(self._buffer[start : start + 4], "little")
-        if not 1 <= length <= MAX_MESSAGE:
-            raise ProtocolViolation(f"a message of {length} bytes; allowed are 1 to {MAX_MESSAGE}")
-        if available >= 5:
-            _known_type(self._buffer[start + 4])
-        return length if available >= 4 + length else None
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes belong: never empty, never beyond the message at hand."""
+        return memoryview(self._head if self._body is None else self._body)[self._filled :]
 
-    def _decode(self, start: int, length: int) -> Message:
-        number = _known_type(self._buffer[start + 4])
-        with memoryview(self._buffer) as whole, whole[start + 5 : start + 4 + length] as body:
-            if number is MessageType.FRAMES:
-                return Frames(bytes(body))
-            try:
-                return _DECODERS[number].decode(body)
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                raise ProtocolViolation(f"a {number.name} that can't be understood: {exc}") from exc
+    def buffer_updated(self, count: int) -> Message | None:
+        """The first `count` bytes of the buffer are there; the message that is whole by them, if one is."""
+        self._filled += count
+        if self._body is None:
+            if not self._head_whole():
+                return None
+            self._filled, self._body = 0, _room(int.from_bytes(self._head[:4], "little") - 1)
+        if self._filled < len(self._body):
+            return None
+        body, self._body, self._filled = self._body, None, 0
+        return _decode(_known_type(self._head[4]), body)
+
+    def _head_whole(self) -> bool:
+        """Judges length and type as soon as they are there, before there is memory for the body."""
+        if self._filled >= 4:
+            length = int.from_bytes(self._head[:4], "little")
+            if not 1 <= length <= MAX_MESSAGE:
+                raise ProtocolViolation(f"a message of {length} bytes; allowed are 1 to {MAX_MESSAGE}")
+        if self._filled < _HEAD.size:
+            return False
+        _known_type(self._head[4])
+        return True
+
+
+def _room(length: int) -> memoryview:
+    """Memory that is about to be filled. A bytearray would be filled with zeroes first: a quarter of the receiver's
+    loop, measured."""
+    return np.empty(length, np.uint8).data
+
+
+def _decode(number: MessageType, body: memoryview) -> Message:
+    if number is MessageType.FRAMES:
+        return Frames(body)
+    try:
+        return _DECODERS[number].decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise ProtocolViolation(f"a {number.name} that can't be understood: {exc}") from exc
 
 
 def _known_type(number: int) -> MessageType:
@@ -263,6 +293,21 @@ class Session:
         for message in messages:
             self._pass(self._peer, message)
         return messages
+
+    def get_buffer(self) -> memoryview:
+        """Where the peer's next bytes belong; tell by `buffer_updated` how many came."""
+        return self._decoder.get_buffer()
+
+    def buffer_updated(self, count: int) -> Message | None:
+        """As `receive`, for bytes that are in the buffer already."""
+        message = self._decoder.buffer_updated(count)
+        if message is not None:
+            self._pass(self._peer, message)
+        return message
+
+    def sends_frames(self) -> None:
+        """A FRAMES message that is packed already is about to be sent. Raises as `send`."""
+        self._pass(self._role, _FRAMES)
 
     def send(self, message: Message) -> bytes:
         """The bytes to write for `message`. Raises ProtocolViolation when it may not be sent now."""

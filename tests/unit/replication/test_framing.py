@@ -14,6 +14,7 @@ from drctl.replication.framing import Stamp
 from drctl.store.ring_reader import DESCRIPTOR_DTYPE, Batch
 from drctl.wire import frame
 from drctl.wire.frame import EXTENT_ZERO, FrameKind
+from drctl.wire.link import Decoder
 
 STAMP = Stamp(3, "ab" * 16)
 DISK = 1 << 20
@@ -38,11 +39,16 @@ def batch_of(written, first=100):
     return Batch(first, first + len(written) - 1, descriptors, np.array(starts, np.uint64), memoryview(data))
 
 
+def sent(frames):
+    """The frames as the receiver gets them: what is in their messages."""
+    return b"".join(message.data for message in Decoder().feed(b"".join(framing.messages_of(frames))))
+
+
 def replay(frames, size=DISK):
     """What the frames do to disks of bytes, and their headers."""
     disks = {}
     headers = []
-    for header, whole in frame.split(memoryview(b"".join(frames)), "test"):
+    for header, whole in frame.split(memoryview(sent(frames)), "test"):
         headers.append(header)
         body = whole[frame.HEADER_SIZE :]
         payload = bytes(frame.payload_of(header, body, "test"))
@@ -104,9 +110,9 @@ def test_blocks_come_out_as_they_were_read(parts, tail):
 
 def test_a_huge_hole_is_a_few_bytes():
     frames = framing.frames_of_zeroes(STAMP, 1, 1, 0, 3 << 40)
-    assert sum(map(len, frames)) < 1000
+    assert len(sent(frames)) < 1000
     total = 0
-    for header, whole in frame.split(memoryview(b"".join(frames)), "test"):
+    for header, whole in frame.split(memoryview(sent(frames)), "test"):
         total += int(frame.extents_of(header, whole[frame.HEADER_SIZE :])["length"][0]) * 512
     assert total == 3 << 40
 
@@ -116,7 +122,7 @@ def test_random_data_is_stored_and_text_is_not(tmp_path):
     assert not framing.compressible(noise)
     assert framing.compressible(b"lorem ipsum " * 5000)
     frames = framing.frames_of_blocks(STAMP, 1, 1, 0, noise)
-    assert FRAME_PAYLOAD < len(frames[0]) < FRAME_PAYLOAD + 200
+    assert FRAME_PAYLOAD < len(sent(frames)) < FRAME_PAYLOAD + 200
 
 
 def test_a_definition_that_can_not_pass_is_refused():
@@ -126,8 +132,17 @@ def test_a_definition_that_can_not_pass_is_refused():
 
 
 def test_messages_stay_small_and_in_order():
-    frames = [bytes([n]) * 60000 for n in range(40)]
-    groups = framing.messages_of(frames, 200_000)
-    assert [each for group in groups for each in group] == frames
-    assert all(sum(map(len, group)) <= 200_000 for group in groups)
+    frames = [(bytes([n]) * 100, bytes([n]) * 59900) for n in range(40)]
+    messages = framing.messages_of(frames, 200_000)
+    assert sent(frames) == b"".join(head + payload for head, payload in frames)
+    assert len(messages) == 14
+    assert all(len(message) <= 200_005 for message in messages)
     assert framing.messages_of([]) == []
+
+
+@pytest.mark.parametrize("level", [1, -1, -5, None])
+def test_every_level_is_unpacked_to_the_same(level):
+    data = b"".join(f"{n} lorem ipsum ".encode() for n in range(8000))[:FRAME_PAYLOAD]
+    disks, headers = replay(framing.frames_of_blocks(STAMP, 1, 1, 0, data, level))
+    assert disks[1][: len(data)] == data
+    assert (headers[0].stored_length < len(data)) == (level is not None)
