@@ -71,11 +71,20 @@ class NotFound(DrctlError):
     exit_code = 11
     slug = "not-found"
 
-    def __init__(self, kind: str, name: str, *, known: list[str] | None = None, hint: str = "") -> None:
-        message = f"no {kind} named {name!r}"
+    def __init__(
+        self, kind: str, name: str, *, known: list[str] | None = None, hint: str = "", message: str = ""
+    ) -> None:
         if not hint and known:
-            hint = f"known: {', '.join(known[:12])}"
-        super().__init__(message, hint=hint, kind=kind, name=name)
+            hint = _suggest(name, known)
+        super().__init__(message or f"no {kind} named {name!r}", hint=hint, kind=kind, name=name)
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    import difflib  # 5 ms that only a wrong name costs
+
+    near = difflib.get_close_matches(name, known, 1)
+    others = f"known: {', '.join(known[:12])}" + (", …" if len(known) > 12 else "")
+    return f"did you mean {near[0]}? {others}" if near else others
 
 
 class WrongPhase(DrctlError):

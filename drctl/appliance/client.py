@@ -56,6 +56,12 @@ class Client:
                 sock.sendall(request)
                 with sock.makefile("rb") as lines:
                     return self._reply(lines.readline, on_progress)
+        except PermissionError as exc:
+            raise ApplianceUnreachable(
+                f"the appliance's socket {self._path} is not open to you",
+                hint="it is for the user alone whom the appliance runs as: sudo drctl …",
+                address=self.address,
+            ) from exc
         except OSError as exc:
             raise ApplianceUnreachable(
                 f"no appliance answers at {self._path}: {exc.strerror or exc}",

@@ -12,10 +12,14 @@ from typing import Any, Protocol
 
 from drctl import __version__
 from drctl.appliance.config import Home
-from drctl.errors import DrctlError
+from drctl.errors import CertificateRejected, DrctlError
 from drctl.model.extent import GiB, format_bytes
 from drctl.model.machine import Machine
+from drctl.replication.identity import certificate_expiry
 
+#: A certificate is renewed by hand in this version: a month is time enough for it.
+CERTIFICATE_DAYS = 30
+_CERTIFICATE = CertificateRejected.slug
 #: Below these a journal or a ring is about to be in trouble.
 STORE_FREE = 2 * GiB
 RUN_FREE = GiB // 4
@@ -43,6 +47,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
     space = {"store": _space(home.store), "run": _space(home.run)}
     findings += _space_findings(space)
     findings += _permission_findings(home)
+    findings += _certificate_findings(home)
     return {
         "site": config.site,
         "host": config.host,
@@ -51,7 +56,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "wall_ns": time.time_ns(),
         "uri": config.uri,
         "versions": {"hypervisor": version, "python": platform.python_version()},
-        "capabilities": {},
+        "capabilities": {"labels": labels()},
         "space": space,
         "findings": findings,
     }
@@ -88,5 +93,35 @@ def _permission_findings(home: Home) -> list[dict[str, str]]:
     return found
 
 
-def _finding(severity: str, subject: str, message: str, hint: str) -> dict[str, str]:
-    return {"severity": severity, "subject": subject, "message": message, "hint": hint}
+def _certificate_findings(home: Home) -> list[dict[str, str]]:
+    """How long our certificate still lives; a link that ends by an expired one is the most avoidable outage."""
+    path = home.tls / "cert.pem"
+    try:
+        days = (certificate_expiry(home.tls)[1].timestamp() - time.time()) / 86400
+    except (OSError, ValueError) as exc:
+        return [_finding("error", str(path), f"can't be read: {exc}", "enroll the appliance anew", _CERTIFICATE)]
+    if days < 0:
+        message = f"the certificate expired {-days:.0f} days ago: no peer accepts it"
+        return [_finding("error", str(path), message, "enroll the appliance anew", _CERTIFICATE)]
+    if days < CERTIFICATE_DAYS:
+        return [_finding("warning", str(path), f"the certificate expires in {days:.0f} days", "enroll it anew before")]
+    return []
+
+
+def labels(system: Path = Path("/sys")) -> str:
+    """The security module that labels guests and their files here, and what it does: `none` where there is none."""
+    enforce = _word(system / "fs/selinux/enforce")
+    if enforce:
+        return "SELinux " + ("enforcing" if enforce == "1" else "permissive")
+    return "AppArmor enabled" if _word(system / "module/apparmor/parameters/enabled") == "Y" else "none"
+
+
+def _word(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _finding(severity: str, subject: str, message: str, hint: str, error: str = "") -> dict[str, str]:
+    return {"severity": severity, "subject": subject, "message": message, "hint": hint, "error": error}

@@ -142,6 +142,7 @@ class SourceService:
     def checkpoint_create(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Cut a mark now and wait until it is proven and durable."""
         protection = self._protection(params)
+        _demand_live(protection)
         kind = str(params.get("kind") or "crash-consistent")
         order = {"kind": kind, "tags": list(params.get("tags") or ())}
         if kind == "quiesced":
@@ -179,3 +180,17 @@ def _demand_unprotected(protection: Protection, what: str) -> None:
             hint=f"drctl replicate stop {state.spec.name}",
             group=state.spec.name,
         )
+
+
+def _demand_live(protection: Protection) -> None:
+    """Raises WrongPhase that says how the group becomes live."""
+    name, phase = protection.state.spec.name, protection.state.phase
+    if phase is Phase.LIVE:
+        return
+    verb = {Phase.UNPROTECTED: "start", Phase.PAUSED: "resume", Phase.BROKEN: "resume"}.get(phase)
+    raise WrongPhase(
+        f"{name} is {phase}; a checkpoint is cut while it is live",
+        hint=f"drctl replicate {verb} {name}" if verb else f"see: drctl status {name}",
+        group=name,
+        phase=phase.value,
+    )

@@ -185,7 +185,7 @@ def run(arguments: Sequence[str], context: Context | None = None) -> int:
     except USAGE_ERROR as exc:
         return _usage(exc, screen, as_json=as_json)
     except (typer.Abort, KeyboardInterrupt):
-        screen.say("interrupted")
+        screen.say("interrupted; what an appliance has begun it goes on with, see: drctl status")
         return 130
     except SystemExit as exc:
         return _left(exc)

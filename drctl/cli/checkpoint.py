@@ -126,11 +126,15 @@ def tag(
     host = side(context, group, "recovery")
     found = points.choose(context, points.fetch(context, host, group), checkpoint)
     verb = "untag" if remove else "tag"
-    if not propose(
-        context.screen, [f"{verb} #{found.number} of {group}: {', '.join(names)}"], dry_run=dry_run, yes=yes
-    ):
+    left = [name for name in names if (name in found.tags) is remove]
+    if not left:
+        said = "does not carry" if remove else "carries"
+        already = "" if remove else " already"
+        context.screen.line(f"#{found.number} of {group} {said} {', '.join(names)}{already}")
         return
-    put, off = ([], names) if remove else (names, [])
+    if not propose(context.screen, [f"{verb} #{found.number} of {group}: {', '.join(left)}"], dry_run=dry_run, yes=yes):
+        return
+    put, off = ([], left) if remove else (left, [])
     row = context.call(host, "checkpoint.tag", group=group, checkpoint=f"#{found.number}", tags=put, remove=off)
     context.screen.line(points.spell(points.decode(row), context.clock.time()))
 

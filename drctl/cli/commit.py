@@ -8,8 +8,11 @@ import typer
 
 from drctl.cli import recovery, render
 from drctl.cli.confirm import propose
-from drctl.cli.inventory import side
+from drctl.cli.context import Context
+from drctl.cli.inventory import READ_TIMEOUT, side
 from drctl.cli.options import DryRun, Format, GroupName, Output, Yes, begin, examples, noun
+from drctl.errors import WrongPhase
+from drctl.model.site import Host
 
 app = noun("Make a failover final.")
 
@@ -27,14 +30,34 @@ def commit(
     protected until it is replicated back."""
     context = begin(ctx, output)
     host = side(context, group, "recovery")
+    failover = _failover(context, host, group)
+    if failover.get("state") == "committed":
+        context.screen.say(f"{group} is committed already")
+        return recovery.show(context, "commit", failover)
     steps = [f"make the disks of {group} at {host.site}/{host.name} stand alone; the view of the checkpoint goes"]
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Commit the failover of {group}?"):
         return 0
     with context.screen.bar(f"commit {group}") as update:
 
         def draw(step: dict[str, Any]) -> None:
-            text = " ".join(render.word(step[key]) for key in ("step", "machine") if step.get(key))
-            update(step.get("done_bytes") or 0, step.get("total_bytes"), text)
+            disk = ".".join(str(step[key]) for key in ("machine", "disk") if step.get(key))
+            done, total = step.get("done_bytes") or 0, step.get("total_bytes")
+            amount = f", {render.size(done)} of {render.size(total)}" if total else ""
+            update(done, total, f"{step.get('step') or ''} {disk}{amount}".strip())
 
         result = context.call(host, "commit", group=group, on_progress=draw, timeout=COMMIT_TIMEOUT)
     return recovery.show(context, "commit", result)
+
+
+def _failover(context: Context, host: Host, group: str) -> dict[str, Any]:
+    """The failover that reigns at the host. Raises WrongPhase when there is none."""
+    status: dict[str, Any] = context.call(host, "group.status", group=group, role="recovery", timeout=READ_TIMEOUT)
+    found = [one for one in status.get("recoveries") or [] if one.get("kind") == "failover"]
+    if status.get("mode") != "failed-over" or not found:
+        raise WrongPhase(
+            f"{group} is not failed over to {host.site}/{host.name}: there is nothing to commit",
+            hint=f"see: drctl failover {group} --dry-run",
+            group=group,
+        )
+    newest: dict[str, Any] = max(found, key=lambda one: (one.get("generation") or 0, one.get("started") or 0))
+    return newest

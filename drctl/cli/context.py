@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from drctl.cli.config import Config, config_candidates, load_config, nothing_found
 from drctl.cli.render import Screen
-from drctl.errors import Refused
+from drctl.errors import ConfigInvalid, Refused
 from drctl.model.site import Host, HostKind, Site
 
 HOME = Path("/var/lib/drctl")
@@ -114,6 +114,9 @@ class Context:
         place = self.settings.locate()
         if is_there(place / "appliance.toml") and not is_there(place / "drctl.toml"):
             return local_config(place)
+        if not is_there(place):
+            hint = "if it is lost: on a recovery host --home DIR needs none (drctl --home /var/lib/drctl status)"
+            raise ConfigInvalid(str(place), 0, "", "is not there", hint=hint)
         return load_config(place)
 
     def client(self, host: Host) -> ClientLike:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from drctl.errors import CertificateRejected, ClockSkew
 from drctl.model.duration import format_duration
 from drctl.model.extent import format_bytes
 
@@ -30,12 +31,14 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found. `subject` is a file, host, group or machine; `hint` says what to do."""
+    """One thing found. `subject` is a file, host, group or machine; `hint` says what to do; `error` is the name of the
+    error (drctl explain) that it would come to, where there is one."""
 
     severity: Severity
     subject: str
     message: str
     hint: str = ""
+    error: str = ""
 
 
 def error(subject: str, message: str, hint: str = "") -> Finding:
@@ -56,7 +59,13 @@ def examine_host(host: str, facts: Mapping[str, Any], version: str, now: float, 
     `now` is our wall clock in the middle of the call, `patience` the half of its round trip: what the clocks may differ
     by without anybody being wrong."""
     found = [
-        Finding(Severity(row["severity"]), f"{host}: {row['subject']}", row["message"], row.get("hint") or "")
+        Finding(
+            Severity(row["severity"]),
+            f"{host}: {row['subject']}",
+            row["message"],
+            row.get("hint") or "",
+            row.get("error") or "",
+        )
         for row in facts.get("findings") or []
     ]
     if facts.get("version") not in (None, version):
@@ -76,12 +85,30 @@ def examine_host(host: str, facts: Mapping[str, Any], version: str, now: float, 
 
 
 def _clock(host: str, skew: float) -> list[Finding]:
-    hint = "mend time synchronisation there or here (chronyc tracking, timedatectl)"
-    if skew > SKEW_ERROR:
-        return [error(host, f"its clock differs from this machine's by {format_duration(skew)}", hint)]
-    if skew > SKEW_WARNING:
-        return [warning(host, f"its clock differs from this machine's by {format_duration(skew)}", hint)]
-    return []
+    return _skew(host, "its clock differs from this machine's", skew)
+
+
+def _skew(subject: str, what: str, skew: float) -> list[Finding]:
+    if skew <= SKEW_WARNING:
+        return []
+    severity = Severity.ERROR if skew > SKEW_ERROR else Severity.WARNING
+    hint = "mend time synchronisation at both ends (chronyc tracking, timedatectl)"
+    return [Finding(severity, subject, f"{what} by {format_duration(skew)}", hint, ClockSkew.slug)]
+
+
+def _link(group: str, link: Mapping[str, Any], see: str) -> list[Finding]:
+    """What is wrong between the sites: certificates, clocks, or no connection at all."""
+    found = _skew(group, "the clocks of its two sites differ", abs(float(link.get("offset_ms") or 0)) / 1000)
+    state = link.get("state")
+    if state in ("connected", None):
+        return found
+    reason = link.get("error")
+    text = str(reason.get("message") if isinstance(reason, dict) else reason or "")
+    message = f"the link is {state}" + (f": {text}" if text else "")
+    if state == "rejected":
+        hint = "both must be signed by one CA and be on each other's list (tls/peers.json)"
+        return [*found, Finding(Severity.ERROR, group, message, hint, CertificateRejected.slug)]
+    return [*found, error(group, message, see)]
 
 
 def _space(host: str, name: str, place: Mapping[str, Any]) -> list[Finding]:
@@ -101,16 +128,15 @@ def examine_group(picture: Mapping[str, Any]) -> list[Finding]:
     if picture["recovery_mode"] == "failed-over":
         return _failed_over(picture)
     if phase is None:
-        return [info(group, "its source side was not asked or does not answer"), *_keeping(picture, see)]
+        place = "/".join(str(value) for value in (picture["source"] or {}).values()) or "its source"
+        hint = f"if that site is lost: drctl failover {group} --dry-run"
+        return [info(group, f"{place} was not asked or does not answer", hint), *_keeping(picture, see)]
     if phase == "broken":
         return [error(group, f"is broken: {picture['reason']}", f"mend it, then: drctl replicate resume {group}")]
     if phase in ("unprotected", "paused"):
         verb = "start" if phase == "unprotected" else "resume"
         return [warning(group, f"is {phase}", f"drctl replicate {verb} {group}")]
-    found = [*_recovery_point(picture, see), *_keeping(picture, see)]
-    if picture["link"] and picture["link"].get("state") not in ("connected", None):
-        found.append(error(group, f"the link is {picture['link']['state']}", see))
-    return found
+    return [*_recovery_point(picture, see), *_keeping(picture, see), *_link(group, picture["link"] or {}, see)]
 
 
 def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
@@ -127,7 +153,8 @@ def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
         if machine.get("state") == "running"
     ]
     if any(one.get("state") == "committed" for one in picture["recoveries"]):
-        return [*found, warning(group, "is failed over and committed; nothing protects it at its new site")]
+        hint = "a way back is not in this version: protect it by other means, or as a new group from its new site"
+        return [*found, warning(group, "is failed over and committed; nothing protects it at its new site", hint)]
     return [*found, info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
 
 
@@ -165,6 +192,8 @@ def examine_coverage(machines: Iterable[Mapping[str, Any]], pictures: Iterable[M
     }
     free: list[str] = []
     for machine in machines:
+        if machine["test"]:
+            continue
         if not machine["group"]:
             free += [machine["machine"]] if machine["state"] == "running" else []
             continue
@@ -195,6 +224,9 @@ def _disks(machine: Mapping[str, Any], carried: set[str]) -> list[Finding]:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """42 with errors, 3 with warnings, else 0."""
-    severities = {finding.severity for finding in findings}
-    return 42 if Severity.ERROR in severities else 3 if Severity.WARNING in severities else 0
+    """3 with warnings; with errors 42, or their own code when they are all clocks or all certificates."""
+    names = {finding.error for finding in findings if finding.severity is Severity.ERROR}
+    if not names:
+        return 3 if any(finding.severity is Severity.WARNING for finding in findings) else 0
+    own = {cls.slug: cls.exit_code for cls in (ClockSkew, CertificateRejected)}
+    return own.get(names.pop(), 42) if len(names) == 1 else 42

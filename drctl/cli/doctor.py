@@ -44,9 +44,10 @@ _ORDER = list(Severity)
     epilog=examples("drctl doctor", "drctl doctor --output json | jq '.findings[] | select(.severity==\"error\")'")
 )
 def doctor(ctx: typer.Context, output: Output = Format.TEXT) -> int:
-    """Check the configuration, the appliances, clocks, space, links, recovery points and coverage.
+    """Check configuration, appliances, versions, clocks, space, labels, certificates, links, recovery points, coverage.
 
-    Exits with 3 when there are warnings, with 42 when there are errors."""
+    Exits with 3 when there are warnings, with 42 when there are errors (34 when all of them are about clocks, 35 when
+    all are about certificates)."""
     context = begin(ctx, output)
     findings = sorted(examine(context), key=lambda finding: _ORDER.index(finding.severity))
     if context.screen.as_json:

@@ -9,7 +9,7 @@ import typer
 from drctl.cli import points, recovery, render
 from drctl.cli.confirm import confirm_name
 from drctl.cli.context import Context
-from drctl.cli.inventory import Inventory, side, take_inventory
+from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Selector, Yes, begin, examples, noun
 from drctl.errors import PreconditionFailed, Refused
 from drctl.model.site import Host
@@ -57,6 +57,9 @@ def failover(
     if candidates:
         _candidates(context, host, group)
         return 0
+    if (standing := _standing(context, host, group)) is not None:
+        context.screen.say(f"{group} is failed over to {host.site}/{host.name} already")
+        return _finish(context, standing)
     plan = context.call(host, "failover.plan", group=group, checkpoint=checkpoint, timeout=60)
     found = points.decode(plan["checkpoint"])
     _show_plan(context, host, plan)
@@ -78,8 +81,24 @@ def failover(
         on_progress=recovery.narrator(context),
         timeout=recovery.RUN_TIMEOUT,
     )
+    return _finish(context, result)
+
+
+def _standing(context: Context, host: Host, group: str) -> dict[str, Any] | None:
+    """The failover of this group that runs here with all its machines, or is final; None when there is work to do."""
+    status = context.call(host, "group.status", group=group, role="recovery", timeout=READ_TIMEOUT)
+    if status.get("mode") != "failed-over":
+        return None
+    recoveries = [one for one in status.get("recoveries") or [] if one.get("kind") == "failover"]
+    newest = max(recoveries, key=lambda one: (one.get("generation") or 0, one.get("started") or 0), default=None)
+    done = newest is not None and newest.get("state") in ("running", "committing", "committed")
+    return dict(newest) if newest and done else None
+
+
+def _finish(context: Context, result: dict[str, Any]) -> int:
     code = recovery.show(context, "failover", result)
-    context.screen.say(f"when the service is healthy: drctl commit {group}")
+    if result.get("state") in ("running", "partly"):
+        context.screen.say(f"when the service is healthy: drctl commit {result['group']}")
     return code
 
 
@@ -104,16 +123,33 @@ def _show_plan(context: Context, host: Host, plan: dict[str, Any]) -> None:
     source = plan.get("source") or {}
     say(f"failover of {plan['group']} to {host.site}/{host.name}, generation {render.word(plan.get('generation'))}")
     say(f"  checkpoint {points.spell(points.decode(plan['checkpoint']), context.clock.time())}")
-    say(f"  loss: {render.duration(plan.get('loss_seconds'))} of writes at the source")
-    say(f"  source answers: {render.word(source.get('reachable'))}, fenced: {render.word(source.get('fenced'))}")
+    say(f"  loss: {render.duration(plan.get('loss_seconds'))}, all that the source wrote after the checkpoint")
+    # Fencing is not asked about where nothing can be said: it only matters when it is there.
+    place = f"{source.get('site')}/{source.get('host')}"
+    reachable = {True: "answers", False: "does not answer", None: "was not asked"}[source.get("reachable")]
+    say(f"  source {place} {reachable}" + (", and is fenced" if source.get("fenced") else ""))
     for machine in plan.get("machines") or []:
         disks = machine.get("disks") or []
         total = sum(disk.get("size") or 0 for disk in disks)
         say(f"  boot {machine.get('recovery_name') or machine['name']}: {len(disks)} disks, {render.size(total)}")
     for pair in plan.get("networks") or []:
         say(f"  network {pair[0]} -> {pair[1]}")
+    for text in _findings(plan):
+        say(f"  {text}")
+
+
+def _findings(plan: dict[str, Any]) -> list[str]:
+    """Errors and warnings one a line; what is merely good to know is shared by all the machines it is true of."""
+    lines: list[str] = []
+    shared: dict[str, list[str]] = {}
     for finding in plan.get("findings") or []:
-        say(f"  {finding['severity']}: {finding['message']}" + (f" ({finding['hint']})" if finding.get("hint") else ""))
+        subject, message = str(finding.get("subject") or ""), str(finding["message"])
+        if finding["severity"] == "info":
+            shared.setdefault(message.replace(subject, "NAME") if subject else message, []).append(subject)
+        else:
+            hint = f" ({finding['hint']})" if finding.get("hint") else ""
+            lines.append(f"{finding['severity']}: {subject}: {message}{hint}")
+    return lines + [f"note: {', '.join(filter(None, names))}: {message}" for message, names in shared.items()]
 
 
 def _warn_of_source(context: Context, inventory: Inventory, group: str) -> None:
@@ -121,8 +157,12 @@ def _warn_of_source(context: Context, inventory: Inventory, group: str) -> None:
     source = inventory.find(group, "source")
     if source is not None and source.state != "failed-over":
         place = f"{source.host.site}/{source.host.name}"
-        context.screen.say(f"  WARNING: the source {place} answers from here, the group is {source.state} there;")
-        context.screen.say("  if its machines run on, both sites have one of each, and what the source writes is lost")
+        context.screen.say(
+            f"  WARNING: the source {place} answers this machine, and the group is {source.state} there."
+        )
+        context.screen.say(
+            "  If its machines run on there will be two of each, and what those at the source write is lost."
+        )
 
 
 def _check(plan: dict[str, Any], group: str, source_is_down: str) -> None:

@@ -12,6 +12,9 @@ from drctl.cli.options import Format, MaybeGroup, Output, begin, examples, noun
 
 app = noun("Show what was changed, when and by whom.")
 
+#: What people gave as a command for a method; the others are called `noun verb`, as their methods.
+_COMMANDS = {"group.put": "apply", "group.remove": "group delete", "failover.run": "failover"}
+
 
 @app.command(epilog=examples("drctl history", "drctl history web --last 100 --output json"))
 def history(
@@ -38,7 +41,7 @@ def history(
                 render.moment(entry["time"]),
                 entry["host"],
                 render.word(entry.get("user")),
-                render.word(entry.get("method")),
+                _command(str(entry.get("method") or render.UNKNOWN)),
                 entry.get("group") or "-",
                 render.word(entry.get("outcome")),
                 entry.get("detail") or "-",
@@ -49,3 +52,7 @@ def history(
             ("time", "host", "user", "what", "group", "outcome", "detail"), rows, "nothing was changed yet"
         )
     return 3 if any(answer.failed for answer in answers) else 0
+
+
+def _command(method: str) -> str:
+    return _COMMANDS.get(method, method.replace(".", " "))

@@ -12,6 +12,8 @@ from drctl.cli.options import Format, Output, begin, examples, noun
 
 app = noun("Hypervisor hosts.")
 
+_TITLES = {"host_kind": "kind"}
+
 
 @app.command("list", epilog=examples("drctl host list", "drctl host list --output json"))
 def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
@@ -39,7 +41,7 @@ def show(
     if context.screen.as_json:
         context.document("host", **facts)
     else:
-        context.screen.facts([(key, _plain(value)) for key, value in facts.items()])
+        context.screen.facts(_facts(facts))
     return 3 if answer.failed else 0
 
 
@@ -67,6 +69,15 @@ def _row(answer: Answer) -> tuple[str, ...]:
     free = (facts["space"].get("store") or {}).get("free")
     state, version = facts["appliance"], render.word(facts["version"])
     return (facts["host"], facts["site"], facts["host_kind"], state, version, facts["uri"], render.size(free))
+
+
+def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """One host in full, as people read it."""
+    lines = [(_TITLES.get(key, key), _plain(value)) for key, value in facts.items() if key != "space"]
+    for name, place in facts["space"].items():
+        free = f"{render.size(place.get('free'))} of {render.size(place.get('total'))} free in {place.get('path')}"
+        lines.append((f"{name} space", free))
+    return lines
 
 
 def _plain(value: Any) -> str:

@@ -114,7 +114,8 @@ def side(context: Context, group: str, role: str, inventory: Inventory | None = 
         raise NotFound(
             f"{role} side of group",
             group,
-            hint=f"read {context.config.origin}; name another configuration with --config",
+            message=f"no appliance that was asked is the {role} side of group {group!r}",
+            hint=f"{context.config.origin} was read; another configuration: --config DIR",
         )
     raise NotFound(
         "group", group, known=inventory.groups, hint="" if inventory.groups else "drctl apply sends groups out"

@@ -36,7 +36,14 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "machines": _get(source, "machines") or [],
         "recovery_mode": _get(recovery, "mode"),
         "recoveries": _get(recovery, "recoveries") or [],
+        "told_source": _told_source(recovery),
     }
+
+
+def _told_source(recovery: Status | None) -> dict[str, str] | None:
+    """Where the group comes from, as its replica knows it; None before the first definition has arrived."""
+    source = _part(recovery, "source", ("site", "host"))
+    return source if source and source["site"] else None
 
 
 def point(recovery: Status | None, which: str, now: float) -> Status | None:

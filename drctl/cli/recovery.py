@@ -13,6 +13,15 @@ RUN_TIMEOUT = 3600.0
 COLUMNS = ("id", "kind", "group", "checkpoint", "state", "started", "machines")
 
 
+#: What an appliance's steps are called where people read them; an unknown one keeps its own name.
+_STEPS = {
+    "reign": "the group reigns here now: the old source is refused from here on",
+    "pin": "the checkpoint is held: nothing may merge or delete it",
+    "view": "its disks are served",
+}
+_MACHINE_STEPS = {"overlay": "has a layer of its own to write to", "started": "switched on"}
+
+
 def row(recovery: dict[str, Any]) -> tuple[str, ...]:
     """One line of a table."""
     checkpoint = recovery.get("checkpoint") or {}
@@ -56,7 +65,10 @@ def narrator(context: Context) -> Progress:
     """Says each step of a recovery as it happens."""
 
     def tell(step: dict[str, Any]) -> None:
-        parts = [str(step[key]) for key in ("step", "machine", "state") if step.get(key)]
-        context.screen.say("  " + " ".join(parts))
+        if step.get("machine"):
+            words = f"{step['machine']}: {_MACHINE_STEPS.get(str(step.get('state')), step.get('state'))}"
+        else:
+            words = _STEPS.get(str(step.get("step")), str(step.get("step")))
+        context.screen.say("  " + words)
 
     return tell

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ UNKNOWN = "unknown"
 #: (done, total or None, what is happening)
 Update = Callable[[float, float | None, str], None]
 
+#: Between two lines of progress about the same thing, where they go to a pipe or a log.
+_LOG_SECONDS = 5.0
 #: A column with longer cells is prose and may be folded.
 _PROSE = 40
 _GOOD = {"live", "running", "ok", "yes", "committed", "connected"}
@@ -99,18 +102,21 @@ class Screen:
 
 
 class _PlainBar:
-    """Progress for a log: a line when the text changes or another tenth is done."""
+    """Progress for a log: a line when another thing is done than before, else at most one each 5 s."""
 
     def __init__(self, screen: Screen, label: str) -> None:
         self._screen = screen
         self._label = label
-        self._last: tuple[int, str] = (-1, "")
+        self._last = ("", "", 0.0)
 
     def update(self, done: float, total: float | None, text: str) -> None:
-        tenth = int(10 * done / total) if total else -1
-        if (tenth, text) == self._last or self._screen.as_json:
+        # What is behind the first comma are numbers: another one is no news by itself.
+        what, tenth = text.partition(",")[0], f"{int(10 * done / total)}" if total else ""
+        said_what, said_tenth, said_at = self._last
+        news = what != said_what or tenth != said_tenth
+        if self._screen.as_json or not news or (what == said_what and time.monotonic() - said_at < _LOG_SECONDS):
             return
-        self._last = (tenth, text)
+        self._last = (what, tenth, time.monotonic())
         share = f"{100 * done / total:.0f} % " if total else ""
         self._screen.say(f"{self._label}: {share}{text}".rstrip())
 

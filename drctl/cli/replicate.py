@@ -14,13 +14,16 @@ from drctl.cli.inventory import Inventory, side, take_inventory
 from drctl.cli.options import DryRun, GroupName, Timeout, Yes, begin, examples, noun, seconds
 from drctl.cli.protection import describe
 from drctl.cli.status import draw, look
-from drctl.errors import DrctlError, StepFailed
+from drctl.errors import DrctlError, Refused, StepFailed, WrongPhase
+from drctl.model.site import Host
 
 app = noun("Start, pause, resume and stop the replication of a group.")
 
 #: Attaching asks libvirt once per disk; a busy host may take its time.
 CALL_TIMEOUT = 120.0
 POLL = 1.0
+#: Phases in which the source replicates, or is about to.
+ACTIVE = ("live", "syncing", "catching-up")
 #: How long a replica outlives its replication, unless the operator says otherwise.
 KEEP_REPLICA = 7 * 86400.0
 
@@ -43,17 +46,14 @@ def start(
     The guests run on. Nothing can be recovered until the first sync is done; from then on checkpoints follow at the
     group's interval. A group that is live already stays so. Exits with 3 when the time is over and the sync is not."""
     context = begin(ctx)
-    inventory = take_inventory(context)
-    host = side(context, group, "source", inventory)
-    picture = draw(context, inventory, [group])[0][0]
-    if picture["phase"] in ("live", "syncing", "catching-up"):
-        context.screen.say(f"{group} is {picture['phase']} already")
-    else:
-        steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture, inventory)]
-        if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Start replication of {group}?"):
-            return 0
-        context.call(host, "replicate.start", group=group, timeout=CALL_TIMEOUT)
-    return _finish(context, group, wait, timeout)
+    inventory, host, picture = _look(context, group)
+    if picture["phase"] in ACTIVE:
+        return _already(context, picture, wait, timeout)
+    steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture, inventory)]
+    if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Start replication of {group}?"):
+        return 0
+    context.call(host, "replicate.start", group=group, timeout=CALL_TIMEOUT)
+    return _finish(context, picture, wait, timeout)
 
 
 @app.command(epilog=examples("drctl replicate pause web", "drctl replicate pause web --yes"))
@@ -62,7 +62,10 @@ def pause(ctx: typer.Context, group: GroupName, dry_run: DryRun = False, yes: Ye
 
     Until it is resumed no new checkpoint is made, and the RPO grows."""
     context = begin(ctx)
-    host = side(context, group, "source")
+    _, host, picture = _look(context, group)
+    if picture["phase"] == "paused":
+        context.screen.line(f"{group} is paused already")
+        return
     steps = [f"detach from all disks of {group}; its RPO grows until: drctl replicate resume {group}"]
     if propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Pause replication of {group}?"):
         _tell(context, group, context.call(host, "replicate.pause", group=group, timeout=CALL_TIMEOUT))
@@ -79,11 +82,15 @@ def resume(
 ) -> int:
     """Attach again after a pause or a fault, and catch up."""
     context = begin(ctx)
-    host = side(context, group, "source")
+    _, host, picture = _look(context, group)
+    if picture["phase"] in ACTIVE:
+        return _already(context, picture, wait, timeout)
+    if picture["phase"] == "unprotected":
+        raise WrongPhase(f"{group} was not started", hint=f"drctl replicate start {group}", group=group)
     if not propose(context.screen, [f"attach to all disks of {group} and catch up"], dry_run=dry_run, yes=yes):
         return 0
     context.call(host, "replicate.resume", group=group, timeout=CALL_TIMEOUT)
-    return _finish(context, group, wait, timeout)
+    return _finish(context, picture, wait, timeout)
 
 
 @app.command(epilog=examples("drctl replicate stop web", "drctl replicate stop web --keep-replica 7d --yes"))
@@ -103,7 +110,12 @@ def stop(
 
     Exits with 3 when the recovery site could not be told: it keeps them then."""
     context = begin(ctx)
-    source, recovery = side(context, group, "source"), side(context, group, "recovery")
+    inventory = take_inventory(context)
+    source, recovery = side(context, group, "source", inventory), side(context, group, "recovery", inventory)
+    stopped = inventory.find(group, "source")
+    if stopped is not None and stopped.state == "unprotected" and keep_replica is None:
+        context.screen.line(f"{group} is not replicated already; change how long its replica is kept: --keep-replica")
+        return 0
     kept = KEEP_REPLICA if keep_replica is None else keep_replica
     steps = [
         f"detach from all disks of {group} at {source.site}/{source.name}",
@@ -121,14 +133,39 @@ def stop(
     return 0
 
 
-def _finish(context: Context, group: str, wait: bool | None, timeout: float | None) -> int:
+def _look(context: Context, group: str) -> tuple[Inventory, Host, dict[str, Any]]:
+    """What there is, the group's source host, its picture. Raises Refused for a group that reigns elsewhere."""
+    inventory = take_inventory(context)
+    host = side(context, group, "source", inventory)
+    picture = draw(context, inventory, [group])[0][0]
+    if picture["recovery_mode"] == "failed-over" or picture["phase"] == "failed-over":
+        raise Refused(
+            f"{group} is failed over: it reigns at {_target(picture)} now, and its old source may not replicate it",
+            hint=f"see: drctl status {group}",
+            group=group,
+        )
+    return inventory, host, picture
+
+
+def _already(context: Context, picture: dict[str, Any], wait: bool | None, timeout: float | None) -> int:
+    """The group replicates: say so, and wait only for what is not reached yet."""
+    context.screen.say(f"{picture['group']} is {picture['phase']} already")
+    if picture["phase"] == "live" and picture["newest"]:
+        return 0
+    return _finish(context, picture | {"newest": None}, wait, timeout)
+
+
+def _finish(context: Context, before: dict[str, Any], wait: bool | None, timeout: float | None) -> int:
+    """Wait for the group to be live, with a checkpoint that was not there before."""
+    group = before["group"]
     if wait is None:
         wait = context.screen.interactive
     if not wait:
-        context.screen.line(f"{group} started; see: drctl status {group} --watch")
+        context.screen.line(f"{group} is attached; see: drctl status {group} --watch")
         return 0
+    after = before["newest"]["number"] if before["newest"] else 0
     with context.screen.bar(group) as update:
-        picture = wait_until_live(context, group, timeout, lambda now: _progress(update, now))
+        picture = wait_until_live(context, group, timeout, lambda now: _progress(update, now), after=after)
     if picture is None:
         context.screen.say(f"{group} is not live after {render.duration(timeout)}; it goes on: drctl status {group}")
         return 3
@@ -138,9 +175,9 @@ def _finish(context: Context, group: str, wait: bool | None, timeout: float | No
 
 
 def wait_until_live(
-    context: Context, group: str, timeout: float | None, draw: Callable[[dict[str, Any]], None]
+    context: Context, group: str, timeout: float | None, draw: Callable[[dict[str, Any]], None], *, after: int = 0
 ) -> dict[str, Any] | None:
-    """The group's picture once it is live and has a restorable checkpoint; None when the time is over.
+    """The group's picture once it is live and has a checkpoint newer than number `after`; None when the time is over.
 
     Raises StepFailed when the group breaks while it is waited for."""
     end = None if timeout is None else context.clock.monotonic() + timeout
@@ -149,7 +186,7 @@ def wait_until_live(
         draw(picture)
         if picture["phase"] == "broken":
             raise StepFailed(f"{group} is broken: {picture['reason']}", hint=f"see: drctl status {group}", group=group)
-        if picture["phase"] == "live" and picture["newest"]:
+        if picture["phase"] == "live" and picture["newest"] and picture["newest"]["number"] > after:
             return picture
         if end is not None and context.clock.monotonic() >= end:
             return None
@@ -160,8 +197,10 @@ def _progress(update: render.Update, picture: dict[str, Any]) -> None:
     sync = picture["sync"] or {}
     total = sync.get("total_bytes")
     eta = f", {render.duration(sync['eta'])} left" if sync.get("eta") is not None else ""
-    amount = f" {render.size(sync.get('done_bytes') or 0)} of {render.size(total)}{eta}" if total else ""
-    update(sync.get("done_bytes") or 0, total, describe(picture) + amount)
+    word = describe(picture)
+    waiting = ", waiting for a checkpoint" if word == "live" else ""
+    amount = f", {render.size(sync.get('done_bytes') or 0)} of {render.size(total)}{eta}" if total else waiting
+    update(sync.get("done_bytes") or 0, total, word + amount)
 
 
 def _tell(context: Context, group: str, result: dict[str, Any] | None) -> None:

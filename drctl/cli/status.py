@@ -9,6 +9,7 @@ import typer
 
 from drctl.cli import render
 from drctl.cli.context import Context
+from drctl.cli.diagnosis import SKEW_WARNING
 from drctl.cli.inventory import Answer, Inventory, Place, ask, in_parallel, take_inventory
 from drctl.cli.options import Format, MaybeGroup, Output, begin, examples, noun
 from drctl.cli.protection import describe, merge, sync_share
@@ -16,6 +17,8 @@ from drctl.errors import ApplianceUnreachable, NotFound
 
 app = noun("Show how groups are protected.")
 
+#: Phases in which nothing is sent, so neither link nor backlog means anything.
+_STILL = ("unprotected", "paused")
 #: Seconds between two pictures of `--watch`.
 WATCH = 2.0
 
@@ -69,7 +72,8 @@ def draw(context: Context, inventory: Inventory, groups: Sequence[str]) -> tuple
     pictures = []
     for group, place, source, recovery in zip(groups, _pairs(places), answers[::2], answers[1::2], strict=True):
         merged = merge(group, _result(source), _result(recovery), context.clock.time())
-        pictures.append(merged | {"source": _where(place[0]), "recovery": _where(place[1])})
+        told = merged.pop("told_source")
+        pictures.append(merged | {"source": _where(place[0]) or told, "recovery": _where(place[1])})
     return pictures, [answer for answer in answers if answer is not None and answer.failed]
 
 
@@ -114,13 +118,13 @@ def row(picture: dict[str, Any]) -> tuple[str, ...]:
     return (
         picture["group"],
         _state(picture),
-        render.duration(picture["rpo_seconds"]),
+        _rpo(picture),
         f"#{newest['number']}" if newest else render.UNKNOWN,
         render.word(picture["checkpoints"]),
         render.duration(history.get("seconds")),
         render.size(journal.get("bytes")),
-        render.size(picture["backlog_bytes"]),
-        render.word(link.get("state")),
+        _told_by_source(picture, render.size(picture["backlog_bytes"])),
+        _told_by_source(picture, render.word(link.get("state"))),
         _place(picture["source"]),
         _place(picture["recovery"]),
     )
@@ -138,15 +142,15 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         ("generation", render.word(picture["generation"])),
         ("from", _place(picture["source"])),
         ("to", _place(picture["recovery"])),
-        ("rpo", render.duration(picture["rpo_seconds"])),
+        ("rpo", _rpo(picture)),
         ("interval", render.duration(picture["interval_seconds"])),
         ("newest", _point(newest)),
         ("oldest", _point(oldest)),
         ("checkpoints", render.word(picture["checkpoints"])),
         ("history", f"{render.duration(history.get('seconds'))} of {render.duration(history.get('target_seconds'))}"),
         ("journal", f"{render.size(journal.get('bytes'))} of {render.size(journal.get('limit'))}"),
-        ("backlog", render.size(picture["backlog_bytes"])),
-        ("link", _link(link)),
+        ("backlog", _told_by_source(picture, render.size(picture["backlog_bytes"]))),
+        ("link", _told_by_source(picture, _link(link))),
     ]
 
 
@@ -163,9 +167,7 @@ def _details(context: Context, picture: dict[str, Any]) -> None:
         for disk in machine.get("disks", [])
     ]
     context.screen.line()
-    context.screen.table(
-        ("machine", "state", "disk", "size", "replication"), disks, "the source side tells no machines"
-    )
+    context.screen.table(("machine", "state", "disk", "size", "replication"), disks, _no_machines(picture))
     if picture["recoveries"]:
         rows = [
             (item["id"], item["kind"], item["state"], render.moment(item.get("started")))
@@ -173,6 +175,15 @@ def _details(context: Context, picture: dict[str, Any]) -> None:
         ]
         context.screen.line()
         context.screen.table(("recovery", "kind", "state", "started"), rows, "")
+
+
+def _no_machines(picture: dict[str, Any]) -> str:
+    source = picture["source"]
+    if picture["recovery_mode"] == "failed-over":
+        return f"its machines run at {_place(picture['recovery'])}: drctl vm list"
+    if picture["phase"] is None:
+        return f"machines and disks are told by the source {_place(source)}, which was not asked or does not answer"
+    return "the source has not looked at the machines yet"
 
 
 def _state(picture: dict[str, Any]) -> str:
@@ -184,10 +195,22 @@ def _place(place: dict[str, str] | None) -> str:
     return f"{place['site']}/{place['host']}" if place else render.UNKNOWN
 
 
+def _rpo(picture: dict[str, Any]) -> str:
+    """What is replicated nowhere has no recovery point: that is known."""
+    return "none" if picture["recovery_mode"] == "failed-over" else render.duration(picture["rpo_seconds"])
+
+
+def _told_by_source(picture: dict[str, Any], text: str) -> str:
+    """A dash where the source side has nothing to say: no stream runs."""
+    return "-" if picture["recovery_mode"] == "failed-over" or picture["phase"] in _STILL else text
+
+
 def _link(link: dict[str, Any]) -> str:
     error = link.get("error")
     reason = error.get("message") if isinstance(error, dict) else error
-    return render.word(link.get("state")) + (f": {reason}" if reason else "")
+    skew = abs(float(link.get("offset_ms") or 0)) / 1000
+    skewed = f"; the two sites' clocks differ by {render.duration(skew)}" if skew > SKEW_WARNING else ""
+    return render.word(link.get("state")) + (f": {reason}" if reason else "") + skewed
 
 
 def _point(point: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def list_(ctx: typer.Context, group: MaybeGroup = "", output: Output = Format.TE
     return 3 if any(answer.failed for answer in answers) else 0
 
 
-@app.command(epilog=examples("drctl test stop web-test-1 --yes"))
+@app.command(epilog=examples("drctl test stop 497a19 --yes"))
 def stop(
     ctx: typer.Context,
     identity: Annotated[str, typer.Argument(metavar="ID", help="The test, as drctl test list shows it.")],

@@ -25,7 +25,7 @@ def list_(
     context = begin(ctx, output)
     machines, silent = find(context)
     if unprotected:
-        machines = [machine for machine in machines if not machine["group"]]
+        machines = [machine for machine in machines if not machine["group"] and not machine["test"]]
     for answer in silent:
         context.screen.say(f"no answer from {answer.host.name}: {answer.error}")
     if context.screen.as_json:
@@ -52,7 +52,8 @@ def show(
         context.document("machine", machines=found)
         return
     for one in found:
-        context.screen.facts([(key, render.word(value) or "-") for key, value in one.items() if key != "disks"])
+        facts = {key: "-" if value in (None, "") else render.word(value) for key, value in one.items()}
+        context.screen.facts([(key, value) for key, value in facts.items() if key != "disks"])
         rows = [
             (
                 d["target"],
@@ -77,12 +78,25 @@ def find(context: Context) -> tuple[list[dict[str, Any]], list[Answer]]:
         if place.role == "source" or place.state == "failed-over"
         for name in place.spec.get("machines", [])
     }
+    tested = _tested(context)
     machines: list[dict[str, Any]] = []
     for answer in answers:
         for machine in answer.result or []:
-            holder = holders.get((answer.host.name, machine["name"]))
-            machines.append(_as_json(answer, machine, holder.group if holder else "", holder.state if holder else ""))
+            place = (answer.host.name, machine["name"])
+            holder = holders.get(place)
+            found = _as_json(answer, machine, holder.group if holder else "", holder.state if holder else "")
+            machines.append(found | {"test": tested.get(place, "")})
     return machines, [answer for answer in answers if answer.failed]
+
+
+def _tested(context: Context) -> dict[tuple[str, str], str]:
+    """(host, machine) → the test that it is a copy of something for. A host that does not answer has none to tell."""
+    return {
+        (answer.host.name, machine.get("recovery_name") or machine["name"]): str(test["id"])
+        for answer in ask_all(context, "test.list", group="")
+        for test in answer.result or []
+        for machine in test.get("machines") or []
+    }
 
 
 def _as_json(answer: Answer, machine: dict[str, Any], group: str, phase: str) -> dict[str, Any]:
@@ -109,5 +123,5 @@ def _row(machine: dict[str, Any]) -> tuple[str, ...]:
         str(len(machine["disks"])),
         render.size(total),
         machine["group"] or "-",
-        machine["phase"] or "no",
+        f"test {machine['test']}" if machine["test"] else machine["phase"] or "no",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from drctl.errors import NotFound
@@ -45,7 +45,12 @@ def resolve(selector: str, checkpoints: Sequence[Checkpoint], now: float) -> Che
     A time names the newest checkpoint at or before it. `checkpoints` is in order of time.
     Raises NotFound (no such checkpoint) or ValueError (not a selector)."""
     if not checkpoints:
-        raise NotFound("checkpoint", selector, hint="the group has no restorable checkpoint yet")
+        raise NotFound(
+            "checkpoint",
+            selector,
+            message="the group has no restorable checkpoint yet",
+            hint="one comes when the first sync is done; see: drctl status GROUP",
+        )
     if selector == "latest":
         return checkpoints[-1]
     if (number := checkpoint_number(selector)) is not None:
@@ -69,9 +74,14 @@ def checkpoint_moment(selector: str, now: float) -> float:
 
 def _find(selector: str, found: Sequence[Checkpoint], every: Sequence[Checkpoint]) -> Checkpoint:
     if not found:
-        span = f"#{every[0].number} to #{every[-1].number}"
-        raise NotFound("checkpoint", selector, hint=f"restorable: {span}; see: drctl checkpoint list")
+        span = f"#{every[0].number} of {_spell(every[0])} to #{every[-1].number} of {_spell(every[-1])}"
+        tags = ", ".join(sorted({tag for checkpoint in every for tag in checkpoint.tags}))
+        raise NotFound("checkpoint", selector, hint=f"restorable: {span}; tags: {tags or 'none'}")
     return found[-1]
+
+
+def _spell(checkpoint: Checkpoint) -> str:
+    return datetime.fromtimestamp(checkpoint.time, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _iso(selector: str) -> float:

@@ -17,7 +17,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The two largest units, e.g. `1h 4m`, `3.2 s`, `480 ms`."""
+    """The two largest units that are not zero, e.g. `1h 4m`, `7d`, `3.2 s`, `480 ms`."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
@@ -25,5 +25,6 @@ def format_duration(seconds: float) -> str:
     whole = int(seconds)
     for name, size, below, below_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if whole >= size:
-            return f"{whole // size}{name} {whole % size // below_size}{below}"
+            rest = whole % size // below_size
+            return f"{whole // size}{name} {rest}{below}" if rest else f"{whole // size}{name}"
     return f"{whole}s"

@@ -79,7 +79,7 @@ def advance(group: str, phase: Phase, event: Event) -> Phase:
         allowed = ", ".join(p.value for p, row in _TABLE.items() if event in row)
         raise WrongPhase(
             f"{group} is {phase}; {event} needs {allowed or 'another phase'}",
-            hint=f"see: drctl group show {group}",
+            hint=f"drctl replicate start {group}" if phase is Phase.UNPROTECTED else f"see: drctl status {group}",
             group=group,
             phase=phase.value,
         ) from None

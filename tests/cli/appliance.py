@@ -77,6 +77,7 @@ class FakeAppliance:
         self.machines: list[dict[str, Any]] = []
         self.checkpoints: list[dict[str, Any]] = []
         self.tests: list[dict[str, Any]] = []
+        self.failovers: list[dict[str, Any]] = []
 
     def call(
         self,
@@ -182,7 +183,7 @@ class FakeAppliance:
         return {
             "group": group,
             "role": "recovery",
-            "mode": "journal",
+            "mode": "failed-over" if self.failovers else "journal",
             "generation": 1,
             "wall_ns": int(NOW * 1e9),
             "checkpoints": {
@@ -192,7 +193,7 @@ class FakeAppliance:
             },
             "journal": {"bytes": 2**30, "limit": 64 * 2**30},
             "history": {"seconds": 3600.0, "target": 604800.0, "forecast": None},
-            "recoveries": [],
+            "recoveries": self.failovers,
         }
 
     def _replicate_start(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +253,8 @@ class FakeAppliance:
         }
 
     def _failover_run(self, params: dict[str, Any]) -> dict[str, Any]:
-        return recovery("failover", params["group"])
+        self.failovers = [recovery("failover", params["group"])]
+        return self.failovers[0]
 
     def _commit(self, params: dict[str, Any]) -> dict[str, Any]:
         return recovery("failover", params["group"], state="committed")

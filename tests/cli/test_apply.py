@@ -163,7 +163,7 @@ def test_show_spells_units(world) -> None:
     out = world("group", "show", "web").out
     assert "retention.journal_limit  64.0 GiB" in out
     assert "lan -> lan-b" in out
-    assert "one each 1m 0s for 1d 0h" in out
+    assert "one each 1m for 1d" in out
 
 
 def test_show_of_an_unknown_group(world) -> None:

@@ -143,7 +143,7 @@ def picture(**changes) -> dict:
         (
             {"history": {"forecast": 60.0, "target_seconds": 3600.0}},
             Severity.WARNING,
-            "history will be 1m 0s, wanted are 1h 0m",
+            "history will be 1m, wanted are 1h",
         ),
         ({"recovery_mode": "failed-over", "phase": "broken", "source": None}, Severity.INFO, "is failed over"),
     ],
@@ -181,7 +181,7 @@ def test_a_healthy_group() -> None:
 
 
 def test_coverage_of_a_group_whose_source_is_silent_is_not_judged() -> None:
-    row = {"machine": "db", "group": "web", "state": "running", "disks": [{"target": "vda"}]}
+    row = {"machine": "db", "group": "web", "test": "", "state": "running", "disks": [{"target": "vda"}]}
     assert examine_coverage([row], [picture(machines=[])]) == []
 
 
@@ -201,3 +201,25 @@ def test_old_programs_of_this_machine(tmp_path, monkeypatch: pytest.MonkeyPatch)
 def test_exit_codes() -> None:
     assert exit_code([]) == 0
     assert exit_code([info("a", "b")]) == 0
+
+
+def test_clocks_an_hour_apart_end_with_34_and_status_says_it(world) -> None:
+    world.applied()
+    status = world.alpha.call("group.status", {"group": "web"})
+    world.alpha.replies["group.status"] = status | {"link": {"state": "connected", "offset_ms": -3_600_000.0}}
+    world.alpha.machines = world.alpha.machines[:2]
+    result = world("doctor")
+    assert "the clocks of its two sites differ by 1h" in result.out
+    assert result.code == 34
+    assert "the two sites' clocks differ by 1h" in world("status", "web").out
+
+
+def test_a_rejected_certificate_ends_with_35_and_is_named(world) -> None:
+    world.applied()
+    link = {"state": "rejected", "offset_ms": None, "error": {"message": "the certificate is foreign"}}
+    world.alpha.replies["group.status"] = world.alpha.call("group.status", {"group": "web"}) | {"link": link}
+    result = world("doctor")
+    assert "the link is rejected: the certificate is foreign" in result.out
+    assert "tls/peers.json" in result.out
+    assert result.code == 35
+    assert "rejected: the certificate is foreign" in world("status", "web").out

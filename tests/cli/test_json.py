@@ -32,7 +32,7 @@ HOST = {
 }  # fmt: skip
 MACHINE = {
     "machine": str, "site": str, "host": str, "state": (str, NONE), "uuid": (str, NONE), "group": str, "protected": bool,
-    "phase": (str, NONE), "disks": list,
+    "phase": (str, NONE), "disks": list, "test": str,
 }  # fmt: skip
 SITE = {"site": str, "hosts": list, "answering": list, "source_of": list, "recovery_of": list}
 APPLIANCE = {
@@ -44,7 +44,7 @@ RECOVERY = {
     "machines": list, "rto_seconds": (*NUMBER, NONE),
 }  # fmt: skip
 ENTRY = {"host": str, "time": NUMBER, "user": str, "method": str, "group": str, "outcome": str, "detail": str}
-FINDING = {"severity": str, "subject": str, "message": str, "hint": str}
+FINDING = {"severity": str, "subject": str, "message": str, "hint": str, "error": str}
 CHANGE = {"group": str, "role": str, "host": str, "action": str, "differences": list}
 LISTED = {"group": str, "machines": list, "source": (str, NONE), "recovery": (str, NONE), "state": str, "file": bool}
 
@@ -94,6 +94,8 @@ def test_documents(world, line: str) -> None:
         world.applied()
     world.beta.tests = [world.beta.call("test.start", {"group": "web"})]
     world.alpha.machines[0]["disks"].append({**world.alpha.machines[0]["disks"][0], "target": "vdb"})
+    if line.startswith("commit"):
+        world.beta.call("failover.run", {"group": "web"})
     result = world(*line.split(), "--output", "json")
     assert result.out.count("\n") == 1, "one document, one line"
     document = result.json

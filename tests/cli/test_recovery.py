@@ -8,7 +8,7 @@ from drctl.cli.config import Config
 from drctl.cli.context import Context
 from drctl.cli.render import Screen
 from drctl.model.site import Host, HostKind, Site
-from tests.cli.appliance import checkpoint, recovery
+from tests.cli.appliance import checkpoint, machine, recovery
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_selectors_are_echoed_with_time_and_age(web, selector: str, number: int)
 def test_a_selector_without_a_checkpoint_is_11(web, selector: str) -> None:
     result = web("checkpoint", "show", "web", selector)
     assert result.code == 11
-    assert "restorable: #10 to #12" in result.err
+    assert "restorable: #10 of 2027-01-15T07:49:56Z to #12 of 2027-01-15T07:59:56Z; tags: upgrade" in result.err
 
 
 def test_create_with_tags_and_freeze(web) -> None:
@@ -113,7 +113,7 @@ def test_steps_are_told_as_they_happen(web) -> None:
         return recovery("failover", "web")
 
     web.beta.replies["failover.run"] = run
-    assert "  machine db running\n" in web("failover", "web", "--source-is-down", "x", "--confirm", "web").err
+    assert "  db: running\n" in web("failover", "web", "--source-is-down", "x", "--confirm", "web").err
 
 
 def test_tests_are_listed_and_stopped_by_their_id(web) -> None:
@@ -131,7 +131,7 @@ def test_failover_dry_run_shows_loss_and_changes_nothing(web) -> None:
         "generation 2",
         "#12 at 2027-01-15T07:59:56",
         "loss: 4.0 s",
-        "source answers: unknown",
+        "source alpha/a1 was not asked",
         "lan -> lan-b",
     ):
         assert text in result.err
@@ -144,7 +144,7 @@ def test_failover_dry_run_forecasts_failures(web) -> None:
     web.beta.replies["failover.plan"] = plan | {"findings": [error]}
     result = web("failover", "web", "--dry-run")
     assert result.code == 3
-    assert "error: name taken (rename it)" in result.err
+    assert "error: db: name taken (rename it)" in result.err
     web.beta.replies["failover.plan"] = plan | {"findings": [error, error | {"subject": "front"}]}
     assert web("failover", "web", "--dry-run").code == 42
 
@@ -216,28 +216,69 @@ def test_the_surviving_site_alone_can_fail_over(web, capsys, monkeypatch) -> Non
 
 def test_commit_shows_progress_and_result(web) -> None:
     def commit(params, progress):
-        progress({"step": "localize", "machine": "db", "done_bytes": 50, "total_bytes": 100})
+        progress({"step": "localize", "machine": "db", "disk": "vda", "done_bytes": 50, "total_bytes": 100})
         return recovery("failover", "web", state="committed")
 
+    web.beta.failovers = [recovery("failover", "web")]
     web.beta.replies["commit"] = commit
     result = web("commit", "web", "--yes")
     assert result.code == 0
-    assert "commit web: 50 % localize db" in result.err
+    assert "commit web: 50 % localize db.vda, 50 B of 100 B" in result.err
     assert "state       committed" in result.out
 
 
 def test_the_operator_is_named_to_the_appliance(web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUDO_USER", "ann")
+    web.beta.failovers = [recovery("failover", "web")]
     web("commit", "web", "--yes")
     assert web.beta.called("commit")[0]["by"] == "ann"
 
 
 def test_a_source_that_answers_is_no_disaster_and_that_is_said(web) -> None:
     assert (
-        "WARNING: the source alpha/a1 answers from here, the group is live there"
+        "WARNING: the source alpha/a1 answers this machine, and the group is live there."
         in web("failover", "web", "--dry-run").err
     )
     web.alpha.phases["web"] = "failed-over"
     assert "WARNING" not in web("failover", "web", "--dry-run").err
     web.alpha.down = True
     assert "WARNING" not in web("failover", "web", "--dry-run").err
+
+
+def test_a_failover_given_twice_says_so_and_does_nothing(web) -> None:
+    order = ("failover", "web", "--source-is-down", "fire", "--confirm", "web")
+    assert web(*order).code == 0
+    again = web(*order)
+    assert again.code == 0
+    assert "web is failed over to beta/b1 already" in again.err
+    assert len(web.beta.called("failover.run")) == 1
+    web.beta.failovers[0]["state"] = "partly"
+    web(*order)
+    assert len(web.beta.called("failover.run")) == 2, "what failed is tried again"
+
+
+def test_commit_before_failover_and_commit_twice(web) -> None:
+    early = web("commit", "web", "--dry-run")
+    assert early.code == 12
+    assert "there is nothing to commit" in early.err
+    web.beta.failovers = [recovery("failover", "web", state="committed")]
+    again = web("commit", "web", "--yes")
+    assert again.code == 0
+    assert "web is committed already" in again.err
+    assert not web.beta.called("commit")
+
+
+def test_tags_given_or_taken_twice(web) -> None:
+    for words in (("upgrade",), ("gone", "--remove")):
+        result = web("checkpoint", "tag", "web", "#11", *words)
+        assert result.code == 0
+        assert "carr" in result.out
+    assert not web.beta.called("checkpoint.tag")
+
+
+def test_copies_of_a_test_are_no_unprotected_machines(web) -> None:
+    web.beta.machines = [machine("db-test-1")]
+    web.beta.tests = [recovery("test", "web", machines=[{"name": "db", "recovery_name": "db-test-1"}])]
+    assert "test t1" in web("vm", "list").out
+    assert "db-test-1" not in web("vm", "list", "--unprotected").out
+    assert "db-test-1" not in web("doctor").out

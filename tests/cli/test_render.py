@@ -27,13 +27,21 @@ def test_a_moment_can_be_given_back_as_a_checkpoint() -> None:
     assert datetime.fromisoformat(render.moment(1_800_000_000.123)).timestamp() == pytest.approx(1_800_000_000.123)
 
 
-def test_a_bar_off_a_terminal_tells_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, [0]), (1.0, [0, 25, 50]), (9.0, [0, 10, 20, 30, 40, 50])])
+def test_a_bar_off_a_terminal_tells_each_tenth_but_not_more_than_one_each_5_s(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float, told: list[int]
+) -> None:
+    """A step of 5 % takes `seconds`; half of it is done."""
+    clock = [100.0]
+    monkeypatch.setattr("drctl.cli.render.time.monotonic", lambda: clock[0])
     with Screen(interactive=False, terminal=False).bar("web") as update:
-        for done in range(101):
-            update(done, 100, "")
+        for step in range(11):
+            update(5 * step, 100, f"syncing, {step} MiB")
+            clock[0] += seconds
         update(5, None, "waiting")
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [*(f"web: {tenth * 10} %" for tenth in range(11)), "web: waiting"]
+    assert [line.split(" %")[0] for line in lines[:-1]] == [f"web: {share}" for share in told]
+    assert lines[-1] == "web: waiting"
 
 
 def test_a_bar_is_silent_in_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from drctl.errors import HypervisorRefused, NotFound
+from tests.cli.appliance import checkpoint
 
 
 class Sync:
@@ -13,9 +14,18 @@ class Sync:
     def __init__(self, world, *steps: str) -> None:
         self.status = world.alpha.call("group.status", {"group": "web"})
         self.steps = list(steps)
-        world.alpha.replies["replicate.start"] = {"group": "web", "phase": "syncing"}
+        world.alpha.replies["replicate.start"] = self.start
+        self.world = world
         world.alpha.replies["group.status"] = self
         self.seen = 0
+
+    def resume(self, params, progress):
+        self.world.alpha.phases["web"] = "live"
+        return self.start(params, progress)
+
+    def start(self, params, progress):
+        self.world.beta.checkpoints.append(checkpoint(13, 0.0))
+        return {"group": "web", "phase": "syncing"}
 
     def __call__(self, params, progress):
         phase = self.steps[min(self.seen, len(self.steps) - 1)]
@@ -44,15 +54,15 @@ def test_start_without_a_terminal_does_not_wait(web) -> None:
     Sync(web, "unprotected")
     result = web("replicate", "start", "web", "--yes")
     assert result.code == 0
-    assert result.out == "web started; see: drctl status web --watch\n"
+    assert result.out == "web is attached; see: drctl status web --watch\n"
 
 
 def test_start_waits_until_live_with_progress(web) -> None:
     Sync(web, "unprotected", "syncing", "syncing", "live")
     result = web("replicate", "start", "web", "--yes", "--wait")
     assert result.code == 0
-    assert result.out.startswith("web is live; newest checkpoint #12 at ")
-    assert "web: 20 % syncing 204.8 MiB of 1.0 GiB, 30.0 s left" in result.err
+    assert result.out.startswith("web is live; newest checkpoint #13 at ")
+    assert "web: 20 % syncing, 204.8 MiB of 1.0 GiB, 30.0 s left" in result.err
 
 
 def test_start_waits_by_itself_where_somebody_looks(web) -> None:
@@ -62,6 +72,7 @@ def test_start_waits_by_itself_where_somebody_looks(web) -> None:
 
 def test_start_is_not_done_before_something_can_be_recovered(web) -> None:
     Sync(web, "unprotected", "live")
+    web.alpha.replies["replicate.start"] = {"group": "web", "phase": "syncing"}
     web.beta.checkpoints = []
     result = web("replicate", "start", "web", "--yes", "--wait", "--timeout", "10s")
     assert result.code == 3
@@ -89,24 +100,46 @@ def test_start_passes_a_refusal_on(web) -> None:
 
 
 def test_dry_runs_change_nothing(web) -> None:
-    before = dict(web.alpha.phases)
-    for verb in ("start", "pause", "resume", "stop"):
+    for verb, phase in (("start", "unprotected"), ("pause", "live"), ("resume", "paused"), ("stop", "live")):
+        web.alpha.phases["web"] = phase
         result = web("replicate", verb, "web", "--dry-run")
         assert result.code == 0
         assert "dry run: nothing was changed" in result.err
-    assert web.alpha.phases == before
+        assert web.alpha.phases["web"] == phase
 
 
 def test_pause_and_resume(web) -> None:
     web.alpha.phases["web"] = "live"
     assert web("replicate", "pause", "web", "--yes").out == "web is paused\n"
-    assert web("replicate", "resume", "web", "--wait").out.startswith("web is live")
+    assert web("replicate", "pause", "web", "--yes").out == "web is paused already\n"
+    # What was restorable before is no proof that the resume has come to anything.
+    assert web("replicate", "resume", "web", "--wait", "--timeout", "9s").code == 3
+    web.alpha.phases["web"] = "paused"
+    web.alpha.replies["replicate.resume"] = Sync(web, "paused", "live").resume
+    result = web("replicate", "resume", "web", "--wait")
+    assert result.out.startswith("web is live; newest checkpoint #13")
+    assert "web is live already" in web("replicate", "resume", "web", "--yes").err
+
+
+def test_resume_is_not_start(web) -> None:
+    result = web("replicate", "resume", "web", "--yes")
+    assert result.code == 12
+    assert "drctl replicate start web" in result.err
+
+
+def test_a_failed_over_group_is_not_started_at_its_old_source(web) -> None:
+    web.beta.call("failover.run", {"group": "web"})
+    for verb in ("start", "resume", "pause"):
+        result = web("replicate", verb, "web", "--yes")
+        assert result.code == 14
+        assert "it reigns at beta/b1 now" in result.err
 
 
 def test_stop_keeps_the_replica_for_a_week(web) -> None:
+    web.alpha.phases["web"] = "live"
     result = web("replicate", "stop", "web", "--yes")
     assert result.code == 0
-    assert "will delete its replica and checkpoints at beta/b1 after 7d 0h" in result.err
+    assert "will delete its replica and checkpoints at beta/b1 after 7d" in result.err
     assert web.beta.called("replicate.stop")[0]["keep_replica_seconds"] == 7 * 86400
     assert "replica kept until 2027-01-22T" in result.out
 
@@ -118,6 +151,7 @@ def test_stop_keeps_the_replica_as_long_as_said(web) -> None:
 
 def test_stop_says_when_the_other_side_was_not_told(web) -> None:
     web.beta.replies["replicate.stop"] = NotFound("method", "replicate.stop")
+    web.alpha.phases["web"] = "live"
     result = web("replicate", "stop", "web", "--yes")
     assert result.code == 3
     assert "is kept without a limit" in result.err

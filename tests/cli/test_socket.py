@@ -46,9 +46,19 @@ def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fak
 
 def test_from_apply_to_commit(sites, capsys: pytest.CaptureFixture[str]) -> None:
     alpha, beta = sites
-    beta.replies["failover.run"] = lambda params, progress: (
-        progress({"step": "boot", "machine": "db"}) or recovery("failover", "web")
-    )
+
+    def run_failover(params, progress):
+        progress({"step": "machine", "machine": "db", "state": "started"})
+        beta.failovers = [recovery("failover", "web")]
+        return beta.failovers[0]
+
+    def start(params, progress):
+        alpha.phases["web"] = "live"
+        beta.checkpoints.append(checkpoint(13, 0.0))
+        return {"group": "web", "phase": "live"}
+
+    beta.replies["failover.run"] = run_failover
+    alpha.replies["replicate.start"] = start
     for line in (
         "apply --yes",
         "replicate start web --yes --wait",
@@ -58,7 +68,7 @@ def test_from_apply_to_commit(sites, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert run(line.split()) == 0, line
     assert run(["failover", "web", "--source-is-down", "drill", "--confirm", "web"]) == 0
-    assert "  boot db\n" in capsys.readouterr().err
+    assert "  db: switched on\n" in capsys.readouterr().err
     assert run(["commit", "web", "--yes"]) == 0
     assert alpha.groups["web"]["machines"] == ["db", "front"]
 
@@ -71,7 +81,9 @@ def test_an_error_comes_back_as_it_was_raised(sites, capsys: pytest.CaptureFixtu
 
 
 def test_a_method_that_an_older_appliance_lacks(sites, capsys: pytest.CaptureFixture[str]) -> None:
+    alpha, _ = sites
     assert run(["apply", "--yes"]) == 0
+    alpha.phases["web"] = "paused"
     assert run(["replicate", "resume", "web", "--yes"]) == 11
     assert "of different versions" in capsys.readouterr().err
 
