@@ -54,6 +54,8 @@ class GroupState(msgspec.Struct, frozen=True):
     next_number: int = 0
     last_mark: int = 0
     disks: tuple[DiskState, ...] = ()
+    #: Machines that were migrated away: off here, and alive where we can't see their writes.
+    moved: tuple[str, ...] = ()
     format: int = FORMAT
 
     def disk(self, number: int) -> DiskState:

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import DiskState, GroupState
+from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.process import Processes
 from drctl.appliance.shipper_link import Export
-from drctl.appliance.tapping import RUNNING
 from drctl.errors import DrctlError
 from drctl.hypervisor.reader_export import export_start, export_stop
 from drctl.model.machine import Machine
@@ -97,8 +97,12 @@ class Passes:
         socket = self._socket(disk.name)
         socket.unlink(missing_ok=True)
         # Read-only and persistent: the reader may connect again after a broken link.
-        arguments = ["--read-only", "--persistent", "--shared=4", f"--format={facts.format}"]
-        arguments += [f"--socket={socket}", f"--export-name={disk.name}", facts.source]
+        arguments = ["--read-only", "--persistent", "--shared=4", f"--socket={socket}", f"--export-name={disk.name}"]
+        # Sharing is forced: else QEMU could not start the machine while its qcow2 image is read. What is read while
+        # it starts is worth nothing, and read again: its disks are attached anew.
+        path = facts.source.replace(",", ",,")
+        node = f"driver={facts.format},file.driver={_protocol(facts.source)},file.filename={path},force-share=on"
+        arguments += ["--image-opts", node]
         self._processes.run(self._server_name(disk), ["qemu-nbd", *arguments], ready=socket)
         return {disk.number: Export(str(socket), disk.name)}
 
@@ -116,3 +120,7 @@ class Passes:
 
     def _socket(self, name: str) -> Path:
         return self._home.run / "exports" / f"{self._group}-{name}.sock"
+
+
+def _protocol(path: str) -> str:
+    return "host_device" if Path(path).is_block_device() else "file"

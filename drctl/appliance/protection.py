@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,12 +18,14 @@ import msgspec
 from drctl.appliance.config import Home
 from drctl.appliance.definition import DefinitionFile
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
+from drctl.appliance.image_stamp import RUNNING, Stamp, image_stamp, stamps_of_images, untold
 from drctl.appliance.passes import Passes
 from drctl.appliance.process import Processes
 from drctl.appliance.shipper_link import ShipperLink
-from drctl.appliance.tapping import RUNNING, Place, Tapping, image_stamp
+from drctl.appliance.tappable import check_machines
+from drctl.appliance.tapping import Place, Tapping
 from drctl.appliance.worker import Worker
-from drctl.errors import DrctlError, PreconditionFailed
+from drctl.errors import DrctlError
 from drctl.model.machine import Machine, MachineState
 from drctl.model.phase import Event, Phase, advance
 
@@ -33,6 +35,10 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 #: The machines' disks are asked for this often without an event (sizes and new disks; states are asked each look).
 MACHINES_SECONDS = 2.0
+#: Images that change while their machine is off are not read more often than this.
+UNTOLD_SECONDS = 60.0
+#: While all seems well it is asked this often whether marks would be attested: the status must not say so alone.
+ATTEST_SECONDS = 1.0
 
 
 class SourceHost(Protocol):
@@ -41,6 +47,8 @@ class SourceHost(Protocol):
     def machine(self, name: str) -> Machine: ...
 
     def state(self, name: str) -> MachineState: ...
+
+    def moved_away(self, name: str) -> bool: ...
 
     def definition(self, name: str) -> str: ...
 
@@ -56,6 +64,12 @@ class _Seen:
     machines: list[Machine] = field(default_factory=list)
     machines_at: float = 0.0
     running: frozenset[str] = frozenset()
+    #: Images of machines that are off, as they were when the pass began.
+    stamps: dict[int, Stamp | None] = field(default_factory=dict)
+    #: When images of machines that are off may be gone over again, and attestation asked for again.
+    untold_due: float = 0.0
+    attest_due: float = 0.0
+    attested: str = ""
 
 
 class Protection:
@@ -106,7 +120,7 @@ class Protection:
         """Raises WrongPhase or PreconditionFailed when it can't be had; then nothing has changed."""
         with self._lock:
             if desired is Desired.PROTECTED:
-                self._check_machines()
+                check_machines(self._host, self._state.spec.machines)
                 event = Event.RESUME if self._state.phase in (Phase.PAUSED, Phase.BROKEN) else Event.START
                 if self._state.desired is not Desired.PROTECTED:
                     self._keep(phase=advance(self._state.spec.name, self._state.phase, event), desired=desired)
@@ -197,16 +211,32 @@ class Protection:
         """A machine that went off in order stays provable while its images stay as they are; one that came on was
         written by nobody we know, so it must be gone over."""
         running = frozenset(machine.name for machine in self._seen.machines if machine.state in RUNNING)
-        went_off = self._seen.running - running
+        if went_off := self._seen.running - running:
+            self._note_end(went_off)
         self._seen.running = running
-        if not went_off:
-            return
+        if back := running & set(self._state.moved):
+            self._keep(moved=tuple(name for name in self._state.moved if name not in back))
+        self._note_untold()
+
+    def _note_end(self, went_off: frozenset[str]) -> None:
+        moved = {name for name in went_off if self._host.moved_away(name)}
+        if moved:
+            self._keep(moved=tuple(sorted(moved | set(self._state.moved))))
         lost = [disk for disk in self._state.disks if disk.machine in went_off]
         words_behind = self.worker.order_stamp() - self.worker.proven_stamp()
-        in_order = words_behind == len(lost) and not any(disk.pass_needed for disk in lost)
+        in_order = not moved and words_behind == len(lost) and not any(disk.pass_needed for disk in lost)
         for machine in self._seen.machines:
             if machine.name in went_off:
                 self._note_left(machine, in_order=in_order)
+
+    def _note_untold(self) -> None:
+        """What is known of no image of a machine that is off has to be read: nobody saw it go, or its file changed."""
+        now = time.monotonic()
+        if self._passes.running or now < self._seen.untold_due:
+            return
+        if numbers := untold(self._state, self._seen.machines):
+            self._seen.untold_due = now + UNTOLD_SECONDS
+            self._miss(numbers)
 
     def _note_left(self, machine: Machine, *, in_order: bool) -> None:
         sources = {disk.target: disk.source for disk in machine.disks}
@@ -217,15 +247,19 @@ class Protection:
                     self._state = self._state.with_disk(disk.number, left=left)
             self._keep()
 
+    def _miss(self, numbers: Iterable[int]) -> None:
+        """These disks were, or may have been, written unseen."""
+        with self._lock:
+            for number in numbers:
+                self._state = self._state.with_disk(number, pass_needed=True, left=None)
+            self._keep()
+
     def _attach(self) -> None:
         missing = set(self.tapping.missing(self._state, self._seen.machines))
         if not missing:
             return
         # Written down first: whoever comes after a crash here must know that these disks missed writes.
-        with self._lock:
-            for number in missing:
-                self._state = self._state.with_disk(number, pass_needed=True, left=None)
-            self._keep()
+        self._miss(missing)
         self._passes.end()
         self.shipper.cancel_sync()
         place = Place(str(self.worker.socket_path), self.worker.start_sink)
@@ -248,6 +282,7 @@ class Protection:
             return
         mode, numbers = self._pass_wanted(report.wants)
         if mode:
+            self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
             exports = self._passes.begin(mode, numbers, self._state, self._seen.machines)
             self.shipper.start_sync(mode, exports)
             self._settle(f"the reader goes over {len(numbers)} disk(s)")
@@ -275,19 +310,32 @@ class Protection:
         numbers = self._passes.end()
         if done:
             with self._lock:
+                stamps = stamps_of_images(self._state, self._seen.machines)
                 for number in numbers:
-                    self._state = self._state.with_disk(number, pass_needed=False)
+                    before = self._seen.stamps.get(number)
+                    left = before if before is not None and before == stamps.get(number) else None
+                    self._state = self._state.with_disk(number, pass_needed=False, left=left)
                 self._keep()
 
     def _prove(self, reason: str) -> None:
-        if self.worker.ordered():
+        if self.worker.dropping():
+            self._settle("the ring was full; dropped blocks are read again")
+        elif not self.worker.ordered():
+            self._settle(self.tapping.prove(self._state, self._seen.machines))
+        elif why := self._unattested():
+            self._leave_live()
+            self._say(why)
+        else:
             self._settle(reason)
             self._arrive()
-        elif self.worker.dropping():
-            self._settle("the ring was full; dropped blocks are read again")
-        else:
-            why = self.tapping.prove(self._state, self._seen.machines)
-            self._settle(why)
+
+    def _unattested(self) -> str:
+        """Why a mark would not be attested now. The shipper hears it at each mark; this is for people."""
+        now = time.monotonic()
+        if now >= self._seen.attest_due or self._seen.attested:
+            self._seen.attest_due = now + ATTEST_SECONDS
+            self._seen.attested = self.attest()
+        return self._seen.attested
 
     def _arrive(self) -> None:
         if self._state.phase in (Phase.SYNCING, Phase.CATCHING_UP):
@@ -295,9 +343,13 @@ class Protection:
 
     def _settle(self, reason: str) -> None:
         """Write down why no checkpoint can be made now; leave `live` when order is gone."""
-        if self._state.phase is Phase.LIVE and not self.worker.ordered():
-            self._keep(phase=advance(self._state.spec.name, Phase.LIVE, Event.ORDER_LOST))
+        if not self.worker.ordered():
+            self._leave_live()
         self._say(reason)
+
+    def _leave_live(self) -> None:
+        if self._state.phase is Phase.LIVE:
+            self._keep(phase=advance(self._state.spec.name, Phase.LIVE, Event.ORDER_LOST))
 
     # -- leaving ----------------------------------------------------------------------------------------------------
 
@@ -319,21 +371,6 @@ class Protection:
             self._keep(epoch="", disks=disks)
 
     # -- helpers ----------------------------------------------------------------------------------------------------
-
-    def _check_machines(self) -> None:
-        """Every machine exists here and every disk of it can be tapped. Raises PreconditionFailed or NotFound."""
-        for name in self._state.spec.machines:
-            machine = self._host.machine(name)
-            for disk in machine.disks:
-                if disk.refusal:
-                    raise PreconditionFailed(
-                        f"{name}: disk {disk.target} can't be tapped: {disk.refusal}",
-                        hint="take the machine out of the group, or change the disk",
-                        machine=name,
-                        disk=disk.target,
-                    )
-            if not machine.disks:
-                raise PreconditionFailed(f"{name} has no disk to protect", machine=name)
 
     def _keep(self, **changes: Any) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
 from drctl.appliance.group_state import Desired, GroupFiles
+from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.process import Processes
 from drctl.appliance.protection import Protection
 from drctl.appliance.quiesce import Quiescer
@@ -147,7 +148,8 @@ class SourceService:
         order = {"kind": kind, "tags": list(params.get("tags") or ())}
         if kind == "quiesced":
             progress({"step": "freeze"})
-            with self._quiescer.frozen([machine.name for machine in protection.machines]):
+            running = [machine.name for machine in protection.machines if machine.state in RUNNING]
+            with self._quiescer.frozen(running):
                 # Within the time after which the guests are thawed by the clock.
                 return dict(protection.shipper.call("mark", {**order, "timeout": 8.0}, timeout_seconds=9.0))
         return dict(protection.shipper.call("mark", order, timeout_seconds=60.0))

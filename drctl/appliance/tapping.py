@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from drctl.appliance.group_state import DiskState, GroupState
+from drctl.appliance.image_stamp import RUNNING, why_not_in_order
 from drctl.errors import DrctlError, StepFailed
 from drctl.hypervisor.attestation import ask
 from drctl.hypervisor.block_graph import MirrorName, MirrorState
@@ -22,9 +22,6 @@ from drctl.hypervisor.qmp import Monitor
 from drctl.model.machine import Machine, MachineState
 
 log = logging.getLogger(__name__)
-
-#: States in which a machine's disks are open and may be written.
-RUNNING = (MachineState.RUNNING, MachineState.PAUSED)
 
 
 class RingState(Protocol):
@@ -186,8 +183,10 @@ class Tapping:
             return f"disk {extra[0]} is not protected"
         if pending := [disk.target for disk in disks if disk.pass_needed]:
             return f"{pending[0]}: the reader has to go over it"
+        if machine.name in state.moved:
+            return "it was moved to another host"
         if machine.state not in RUNNING:
-            return _left_in_order(machine, disks)
+            return why_not_in_order(machine, disks)
         monitor = self._monitor(machine.name)
         answer = ask(monitor, [MirrorName.of(state.generation, state.epoch, disk.number) for disk in disks])
         if not answer.attached:
@@ -229,23 +228,3 @@ def _ended(mirror: MirrorState) -> bool:
 
 def _disks_of(state: GroupState, machine: str) -> list[DiskState]:
     return [disk for disk in state.disks if disk.machine == machine]
-
-
-def image_stamp(path: str) -> tuple[int, int, int] | None:
-    """(size, mtime in ns, inode) of an image file; None when it can't be told."""
-    try:
-        stat = Path(path).stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def _left_in_order(machine: Machine, disks: Sequence[DiskState]) -> str:
-    """A machine that is off is attested when it left in order and nobody has touched its images since."""
-    sources = {disk.target: disk.source for disk in machine.disks}
-    for disk in disks:
-        if disk.left is None:
-            return f"{disk.target}: the machine is {machine.state} and did not leave in order"
-        if image_stamp(sources.get(disk.target, "")) != disk.left:
-            return f"{disk.target}: its image changed while the machine was off"
-    return ""

@@ -124,6 +124,12 @@ class LibvirtHypervisor:
         with self._connection.translated(name):
             return _STATES.get(domain.state()[0], MachineState.UNKNOWN)
 
+    def moved_away(self, name: str) -> bool:
+        """Whether the machine is off here because it was migrated; libvirtd forgets it when it restarts."""
+        domain = self._domain(name)
+        with self._connection.translated(name):
+            return bool(domain.state() == [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED])
+
     def definition(self, name: str) -> str:
         """The persistent definition, with secrets; of a transient machine what it was started from."""
         domain = self._domain(name)

@@ -1,0 +1,59 @@
+"""Images of machines that are off: what is known of them, and of which of them nothing is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from drctl.appliance.group_state import DiskState, GroupState
+from drctl.model.machine import Machine, MachineState
+
+#: States in which a machine's disks are open and may be written.
+RUNNING = (MachineState.RUNNING, MachineState.PAUSED)
+
+#: (size, mtime in ns, inode) of an image file.
+Stamp = tuple[int, int, int]
+
+
+def image_stamp(path: str) -> Stamp | None:
+    """(size, mtime in ns, inode) of an image file; None when it can't be told."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def why_not_in_order(machine: Machine, disks: Sequence[DiskState]) -> str:
+    """A machine that is off is attested when it left in order and nobody has touched its images since."""
+    sources = {disk.target: disk.source for disk in machine.disks}
+    for disk in disks:
+        if disk.left is None:
+            return f"{disk.target}: the machine is {machine.state} and did not leave in order"
+        if image_stamp(sources.get(disk.target, "")) != disk.left:
+            return f"{disk.target}: its image changed while the machine was off"
+    return ""
+
+
+def stamps_of_images(state: GroupState, machines: Sequence[Machine]) -> dict[int, Stamp | None]:
+    """The images of machines that are off, as they are now, by disk number."""
+    off = {(m.name, disk.target): disk.source for m in machines if m.state not in RUNNING for disk in m.disks}
+    return {
+        disk.number: image_stamp(off[disk.machine, disk.target])
+        for disk in state.disks
+        if (disk.machine, disk.target) in off
+    }
+
+
+def untold(state: GroupState, machines: Sequence[Machine]) -> list[int]:
+    """Numbers of disks of machines that are off and may have been written unseen: nobody saw how the machine ended, or
+    the image has changed since. Those of a machine that was moved away are not here to be read."""
+    now = stamps_of_images(state, machines)
+    return [
+        disk.number
+        for disk in state.disks
+        if disk.number in now
+        and disk.machine not in state.moved
+        and not disk.pass_needed
+        and (disk.left is None or disk.left != now[disk.number])
+    ]
