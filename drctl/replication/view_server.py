@@ -127,7 +127,9 @@ class Connection:
         except ProtocolViolation as exc:
             log.warning("a client was hung up on: %s", exc.message)
         except OSError as exc:
-            log.info("a client left: %s", exc.strerror)
+            # Those that chose no disk are the supervisor, which asks each second whether we greet.
+            level = logging.INFO if self._session.export is not None else logging.DEBUG
+            log.log(level, "a client left: %s", exc.strerror)
         finally:
             self._budget.give(self._held)
 
