@@ -171,7 +171,7 @@ class Tapping:
             try:
                 reason = self._attest_machine(state, replace(known[name], state=self._host.state(name)))
             except DrctlError as exc:
-                return f"{name}: {exc.message}"
+                return exc.message if name in exc.message else f"{name}: {exc.message}"
             if reason:
                 return f"{name}: {reason}"
         return ""
