@@ -77,8 +77,8 @@ mount_all() {
 leftovers() {
     local directory found
     for directory in /proc/[0-9]*; do
-        found=$(tr '\0' ' ' <"$directory/cmdline" 2>/dev/null) || continue
-        [[ ${directory#/proc/} = "$$" || -z $found ]] || echo "fresh_root: still runs: ${directory#/proc/} $found"
+        found=$({ tr '\0' ' ' <"$directory/cmdline"; } 2>/dev/null) || continue # it ended meanwhile
+        [[ ${directory#/proc/} = "$$" || -z $found ]] || echo "fresh_root: still runs: ${directory#/proc/} ${found::150}"
     done
     find "$root"/{tmp,var/tmp,dev/shm} -mindepth 1 -maxdepth 1 -printf 'fresh_root: left: /%P in %h\n'
 }
