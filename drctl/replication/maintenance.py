@@ -18,6 +18,7 @@ import msgspec
 
 from drctl.errors import DrctlError, Locked, NotFound
 from drctl.store.maintenance import Maintenance
+from drctl.store.tier import Indexer
 
 ROUND_EVERY = 5.0
 NICE = 10
@@ -41,12 +42,17 @@ class Hold(msgspec.Struct, frozen=True):
     hold: list[str]
 
 
+#: What each store's indexer knows lives on: without it a round opens every run to see that it is there.
+_indexers: dict[Path, Indexer] = {}
+
+
 def run_round(root: Path) -> Round:
     """One round of maintenance of one group's store."""
     begun = time.monotonic()
     name, now = root.name, time.time()
     try:
-        maintenance = Maintenance(root)
+        maintenance = Maintenance(root, indexer=_indexers.get(root))
+        _indexers[root] = maintenance.indexer
         try:
             done = maintenance.run(now)
         finally:

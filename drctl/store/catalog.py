@@ -49,7 +49,8 @@ WITH RECURSIVE epochs(epoch) AS (
 #: Whether a mark is a checkpoint: its proof comes later in the log.
 _PROVE = f"""
 UPDATE controls AS m SET checkpoint = EXISTS (
-    SELECT 1 FROM controls p INDEXED BY controls_number WHERE p.kind = {int(FrameKind.PROOF)} AND p.epoch = m.epoch AND p.number = m.number
+    SELECT 1 FROM controls p INDEXED BY controls_number
+    WHERE p.kind = {int(FrameKind.PROOF)} AND p.epoch = m.epoch AND p.number = m.number
     AND (p.log, p."offset") > (m.log, m."offset")
 ) WHERE kind = {int(FrameKind.MARK)} AND epoch = ? AND number = ?
 """

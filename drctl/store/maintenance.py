@@ -43,7 +43,7 @@ class Maintenance:
         try:
             self._group = read_info(root).group
             self._reader = StoreReader(root, writer=True)
-            self._indexer = indexer or Indexer(root, self._group)
+            self.indexer = indexer or Indexer(root, self._group)
             for temp in root.glob("streams/*/*/.*-*.seg.tmp"):
                 atomic.remove(temp)
             remove_leftovers(root)
@@ -60,7 +60,7 @@ class Maintenance:
 
     def index(self) -> int:
         """Make missing runs; returns how many."""
-        return self._indexer.build(self._reader.info.base_position)
+        return self.indexer.build(self._reader.info.base_position)
 
     # What must stay
 

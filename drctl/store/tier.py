@@ -22,6 +22,8 @@ class Indexer:
     def __init__(self, root: Path, group: str) -> None:
         self._root = root
         self._group = group
+        # What the last build saw, and what this one has seen so far: what is gone is forgotten.
+        self._before: set[tuple[Segment, ...] | Segment] = set()
         self._seen: set[tuple[Segment, ...] | Segment] = set()
         self._runs = RunDirectory(root)
 
@@ -31,15 +33,23 @@ class Indexer:
         A damaged segment gets none: it is reported by who reads it. Raises OutOfSpace."""
         segments, _ = list_segments(self._root)
         self._runs = RunDirectory(self._root)
+        self._before, self._seen = self._seen, set()
         made = 0
         for segment in segments.sealed:
-            if segment.first > base_position and segment not in self._seen:
+            if segment.first > base_position and not self._is_known(segment, segment):
                 made += self._index(segment)
         size = WIDTH
         while segments.sealed and size <= segments.sealed[-1].last:
             made += self._build_tier(segments, base_position, size)
             size *= WIDTH
         return made
+
+    def _is_known(self, key: tuple[Segment, ...] | Segment, first: Segment, *others: Segment) -> bool:
+        last = others[-1] if others else first
+        known = key in self._before and self._runs.has(first.first, last.last)
+        if known:
+            self._seen.add(key)
+        return known
 
     def _has_run(self, segments: tuple[Segment, ...]) -> bool:
         return self._runs.has(segments[0].first, segments[-1].last) and has_run(self._root, segments)
@@ -64,7 +74,9 @@ class Indexer:
         for first in range(start + 1, segments.sealed[-1].last + 2 - size, size):
             last = first + size - 1
             inside = tuple(segments.between(first, last)) if first > base_position else ()
-            if len(inside) < 2 or inside[0].first != first or inside[-1].last != last or inside in self._seen:
+            if len(inside) < 2 or inside[0].first != first or inside[-1].last != last:
+                continue
+            if self._is_known(inside, *inside):
                 continue
             if not self._has_run(inside):
                 if not self._merge(segments, inside):
