@@ -46,6 +46,9 @@ class Base:
         except FileNotFoundError as exc:
             raise IntegrityError(f"{self.path}: the base is gone", path=self.path) from exc
         self._dirty = False
+        # Where data was found last. The end of a large extent is far: looking for it at each of many small pieces of
+        # it is quadratic. A hole made there meanwhile is told as data, which it may be called.
+        self._data = 0, 0
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset`; zeroes beyond the end of the file."""
@@ -68,6 +71,7 @@ class Base:
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range a hole."""
+        self._data = 0, 0
         for extent, data in list(self.extents(offset, length)):
             if data:
                 with atomic.space_errors(self.path):
@@ -78,12 +82,16 @@ class Base:
         """The range in order as (extent, is data)."""
         position, end = offset, offset + length
         while position < end:
-            data = min(self._seek(position, os.SEEK_DATA, end), end)
-            if data > position:
-                yield Extent(position, data - position), False
-            if data >= end:
-                return
-            position = min(self._seek(data, os.SEEK_HOLE, end), end)
+            if self._data[0] <= position < self._data[1]:
+                data = position
+            else:
+                data = min(self._seek(position, os.SEEK_DATA, end), end)
+                if data > position:
+                    yield Extent(position, data - position), False
+                if data >= end:
+                    return
+                self._data = data, self._seek(data, os.SEEK_HOLE, end)
+            position = min(self._data[1], end)
             yield Extent(data, position - data), True
 
     def _seek(self, offset: int, how: int, end: int) -> int:

@@ -6,6 +6,7 @@ One thread at a time."""
 from __future__ import annotations
 
 import os
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class _Frames:
 
 #: (start, end, log, frame, payload) in bytes of the disk; log 0: the base; payload with ZERO: zeroes.
 Piece = tuple[int, int, int, int, int]
+#: The pieces of a part of a disk, in order, without gaps, and where each starts.
+Region = tuple[list[int], list[Piece]]
 
 
 class View:
@@ -109,7 +112,7 @@ class View:
         self._distrust = Distrust()
         self._layout = find(self._distrust)
         self._frames = _Frames(self._layout.segments)
-        self._regions: OrderedDict[tuple[int, int], list[Piece]] = OrderedDict()
+        self._regions: OrderedDict[tuple[int, int], Region] = OrderedDict()
         self._pieces = 0
         self._open: dict[str, ViewDisk] = {}
 
@@ -133,8 +136,8 @@ class View:
                 raise NotFound("disk", name, known=[disk.name for disk in self.disks])
         return self._open[name]
 
-    def region(self, disk: GroupDisk, index: int) -> list[Piece]:
-        """The pieces of a region, in order, without gaps. Raises FileNotFoundError or IntegrityError."""
+    def region(self, disk: GroupDisk, index: int) -> Region:
+        """What lies where in a region. Raises FileNotFoundError or IntegrityError."""
         found = self._regions.get((disk.number, index))
         if found is not None:
             self._regions.move_to_end((disk.number, index))
@@ -143,11 +146,12 @@ class View:
         low = key(disk.number, index * sectors)
         entries = _joined(self._resolved(low, low + sectors))
         pieces = _pieces(entries, index * REGION, REGION)
-        self._regions[disk.number, index] = pieces
+        region = [piece[0] for piece in pieces], pieces
+        self._regions[disk.number, index] = region
         self._pieces += len(pieces)
         while self._pieces > _PIECE_CACHE and len(self._regions) > 1:
-            self._pieces -= len(self._regions.popitem(last=False)[1])
-        return pieces
+            self._pieces -= len(self._regions.popitem(last=False)[1][1])
+        return region
 
     def _resolved(self, low: int, high: int) -> Entries:
         while True:
@@ -207,16 +211,38 @@ class ViewDisk:
 
     def read(self, offset: int, length: int) -> bytes | memoryview:
         """Bytes of the disk. Raises IntegrityError rather than serve a wrong byte, ValueError beyond its end."""
-        self._check(offset, length)
         buffer = memoryview(bytearray(length))
-        self._view.retry(lambda: self._fill(buffer, offset))
+        self.read_into(buffer, offset)
         return buffer
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """As `read`, into memory of the caller's: a server that allocates for each read pays for its pages again."""
+        self._check(offset, len(buffer))
+        try:
+            self._fill(buffer, offset)
+        except FileNotFoundError:
+            self._view.refresh()
+            self._view.retry(lambda: self._fill(buffer, offset))
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{self._disk.name}: {length} bytes at {offset} are not on the disk ({self.size})")
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
+        if not len(buffer):
+            return
+        starts, pieces = self._view.region(self._disk, offset // REGION)
+        start, end, log, frame, payload = pieces[bisect_right(starts, offset) - 1]
+        if end - offset >= len(buffer):
+            # Most small reads: all of it lies in one place.
+            if log:
+                self._put(buffer, log, frame, payload if payload & ZERO else payload + offset - start)
+            else:
+                self._base.read_into(buffer, offset)
+            return
+        self._fill_parts(buffer, offset)
+
+    def _fill_parts(self, buffer: memoryview, offset: int) -> None:
         parts = list(self._parts(offset, len(buffer)))
         for start, end in _base_reads(parts):
             self._base.read_into(buffer[start - offset : end - offset], start)
@@ -237,13 +263,10 @@ class ViewDisk:
         """The pieces between, each cut to the range."""
         end = offset + length
         for index in range(offset // REGION, (end + REGION - 1) // REGION):
-            pieces = self._view.region(self._disk, index)
-            for start, stop, log, frame, payload in pieces[_first_after(pieces, offset) :]:
-                if start >= end:
-                    return
-                low, high = max(start, offset), min(stop, end)
-                moved = payload if payload & ZERO else payload + low - start
-                yield low, high, log, frame, moved
+            starts, pieces = self._view.region(self._disk, index)
+            first = max(bisect_right(starts, offset) - 1, 0)
+            for piece in pieces[first : bisect_left(starts, end, first)]:
+                yield piece if piece[0] >= offset and piece[1] <= end else _cut(piece, offset, end)
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[Extent, bool]]:
         """The range in order as (extent, is data); what is not data reads as zeroes."""
@@ -279,16 +302,11 @@ def _base_reads(parts: list[Piece]) -> list[tuple[int, int]]:
     return reads
 
 
-def _first_after(pieces: list[Piece], offset: int) -> int:
-    """Index of the piece that holds `offset`, or of the first one."""
-    low, high = 0, len(pieces)
-    while low < high:
-        middle = (low + high) // 2
-        if pieces[middle][1] <= offset:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def _cut(piece: Piece, low: int, high: int) -> Piece:
+    """The part of a piece that lies between."""
+    start, end, log, frame, payload = piece
+    begin = max(start, low)
+    return begin, min(end, high), log, frame, payload if payload & ZERO else payload + begin - start
 
 
 def _joined(entries: Entries) -> Entries:
