@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [--quick] [--only NAME[,NAME]]
 
-Each is a program of its own with options of its own; this one only knows their names and how long they take. Run them on
-a machine that does nothing else: two cores hold both sites and the load generator."""
+Each is a program of its own with options of its own; this one only knows their names and how long they take. Run them
+on a machine that does nothing else: two cores hold both sites and the load generator."""
 
 from __future__ import annotations
 
