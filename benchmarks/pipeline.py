@@ -1,10 +1,12 @@
-"""How fast the stream goes: ring → shipper → TLS → receiver → journal with fsync, at given rates of writes.
+"""How much the stream sustains: ring → shipper → TLS → receiver → journal with fsync, both ends on this machine.
 
-    python benchmarks/pipeline.py [--seconds 10] [--rates 100,200] [--directory DIR]
+    python benchmarks/pipeline.py [--seconds 45] [--memory-seconds 15] [--output benchmarks/results/pipeline.json]
 
-For each kind of write (4 KiB and 64 KiB, compressible and random data) a writer process fills the ring at each rate
-(MB/s). A rate is *sustained* when the ring's backlog at the end is no larger than two seconds of it. CPU seconds per GB
-are from /proc/PID/stat of shipper and receiver. The writer's own CPU is shown because it shares the machine.
+For each kind of write (4 KiB and 64 KiB, compressible and random data) a writer process keeps at most 64 MiB of backlog
+in the ring: what it gets rid of is what is sustained without a growing backlog. First with the journal on a disk
+(`--store`), then for some seconds in memory: where the two differ the disk is the limit. CPU seconds per GB are from
+/proc/PID/stat; the writer's own are shown because it shares the machine. `limit` names the stage: the disk when CPU was
+idle, else the process that used most of it.
 """
 
 from __future__ import annotations
@@ -14,26 +16,21 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.stream_rig import MiB, cpu_seconds, disk_rate, drained, rpo, start, stream
 from drctl.store.ring import Ring
 from drctl.store.ring_writer import RingWriter
 from drctl.wire.ring import Word
-from tests.integration.link_rig import LinkRig, MiB
+from tests.integration.link_rig import LinkRig
 
 DISK = 1024 * MiB
-GOAL = 80.0
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+BACKLOG = 64 * MiB
+PROCESSES = ("shipper", "receiver")
 
 
 def payloads(size: int, kind: str) -> list[bytes]:
@@ -45,7 +42,7 @@ def payloads(size: int, kind: str) -> list[bytes]:
 
 
 def write_at(ring_path: str, bell: str, size: int, kind: str, rate: float, seconds: float, result) -> None:
-    """The tap's part alone: append, publish, ring the bell; in batches of 10 ms."""
+    """The tap's part alone: append, publish, ring the bell; at `rate` MB/s, 0: as fast as the backlog allows."""
     ring = Ring.open(Path(ring_path))
     writer = RingWriter(ring)
     ring.words[Word.ORDERED_SEQUENCE] = ring.words[Word.PUBLISHED]
@@ -54,77 +51,101 @@ def write_at(ring_path: str, bell: str, size: int, kind: str, rate: float, secon
     dice = random.Random(2)
     places = [dice.randrange(DISK // size) * size for _ in range(4096)]
     door = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
+    first = ring.words[Word.PUBLISHED]
     begun, written = time.monotonic(), 0
     while (now := time.monotonic()) < begun + seconds:
         writer.poll(time.monotonic_ns())
-        while written * size < (now - begun) * rate * 1e6:
+        room = BACKLOG // size - (first + written - ring.words[Word.RELEASED])
+        due = (now - begun) * rate * 1e6 / size - written if rate else room
+        for _ in range(int(min(due, MiB // size * 4))):
             writer.append(1, places[written % 4096], data[written % 64])
             written += 1
         writer.publish()
         if ring.words[Word.READER_WAITING]:
             ring.words[Word.READER_WAITING] = 0
             os.write(door, b"x")
-        time.sleep(0.01)
-    result.put((written, time.process_time()))
+        time.sleep(0.002)
+    result.put((written, time.monotonic() - begun, time.process_time()))
 
 
 def one(rig: LinkRig, size: int, kind: str, rate: float, seconds: float) -> dict:
-    pids = {name: rig.processes[name].pid for name in ("shipper", "receiver")}
+    pids = {name: rig.processes[name].pid for name in PROCESSES}
     before = {name: cpu_seconds(pid) for name, pid in pids.items()}
-    start = rig.status()
+    start_ = rig.status()
     result: multiprocessing.Queue = multiprocessing.Queue()
     args = (str(rig.guest.ring_path), str(rig.guest.bell_path), size, kind, rate, seconds, result)
     process = multiprocessing.Process(target=write_at, args=args)
-    begun = time.monotonic()
     process.start()
-    written, writer_cpu = result.get()
-    backlog = rig.status()["backlog_bytes"]
+    written, took, writer_cpu = result.get(timeout=seconds + 60)
+    backlog, age = rig.status()["backlog_bytes"], rpo(rig)
     process.join()
-    while (end := rig.status())["backlog_bytes"]:
-        time.sleep(0.05)
-    took = time.monotonic() - begun
+    drain = drained(rig)
+    end = rig.status()
     gigabytes = written * size / 1e9
+    # What was still in the ring at the end was not shipped within the time.
+    sustained = (written * size - backlog) / took
+    cpu = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()} | {"writer": writer_cpu}
+    busiest = max(PROCESSES, key=lambda name: cpu[name])
     return {
         "size": size,
         "data": kind,
-        "rate": rate,
-        "written_MB": round(gigabytes * 1000),
+        "offered_MBps": rate or None,
+        "MBps": round(sustained / 1e6, 1),
+        "iops": round(sustained / size),
         "backlog_MB": round(backlog / 1e6, 1),
-        "dropped": end["ring"]["dropped"] - start["ring"]["dropped"],
-        "drained_MBps": round(gigabytes * 1000 / took, 1),
-        "wire_ratio": round((end["link"]["sent_bytes"] - start["link"]["sent_bytes"]) / (gigabytes * 1e9), 3),
-        "sustained": backlog <= 2 * rate * 1e6 and end["ring"]["dropped"] == start["ring"]["dropped"],
-        "writer_cpu_s_per_GB": round(writer_cpu / gigabytes, 2),
-        **{
-            f"{name}_cpu_s_per_GB": round((cpu_seconds(pid) - before[name]) / gigabytes, 2)
-            for name, pid in pids.items()
-        },
+        "drain_s": round(drain, 2),
+        "rpo_s": round(age, 2),
+        "dropped": end["ring"]["dropped"] - start_["ring"]["dropped"],
+        "wire_ratio": round((end["link"]["sent_bytes"] - start_["link"]["sent_bytes"]) / (gigabytes * 1e9), 3),
+        "cores_used": round(sum(cpu.values()) / (took + drain), 2),
+        "limit": f"CPU: {busiest}" if sum(cpu.values()) / (took + drain) > 0.75 * (os.cpu_count() or 1) else "waiting",
+        **{f"{name}_cpu_s_per_GB": round(spent / gigabytes, 2) for name, spent in cpu.items()},
     }
+
+
+def measure(store: str, seconds: float, options: argparse.Namespace) -> list[dict]:
+    rows = []
+    with stream(DISK, store=store) as rig:
+        start(rig)
+        for size in map(int, options.sizes.split(",")):
+            for kind in options.data.split(","):
+                row = {"journal": store, **one(rig, size, kind, options.rate, seconds)}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--rates", default="80,160")
+    parser.add_argument("--seconds", type=float, default=45)
+    parser.add_argument("--memory-seconds", type=float, default=15, help="with the journal in memory; 0: not")
+    parser.add_argument("--rate", type=float, default=0, help="MB/s offered; 0: as much as goes")
     parser.add_argument("--sizes", default="4096,65536")
-    parser.add_argument("--directory", default="/var/tmp")
+    parser.add_argument("--data", default="compressible,random")
+    parser.add_argument("--store", default="/var/tmp", help="directory on the journal's disk")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "pipeline.json")
     options = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="drctl-pipeline-", dir=options.directory))
-    short = Path(tempfile.mkdtemp(prefix="dl-", dir="/tmp"))
-    rig = LinkRig(directory, short, sizes={1: DISK}, ring_bytes=512 * MiB, slots=1 << 18, interval=5)
-    try:
-        rig.start_receiver()
-        rig.start_shipper(peer=f"127.0.0.1:{rig.receiver_port}")
-        rig.serve_disks()
-        rig.sync("initial", 120)
-        for size in map(int, options.sizes.split(",")):
-            for kind in ("compressible", "random"):
-                for rate in map(float, options.rates.split(",")):
-                    print(json.dumps(one(rig, size, kind, rate, options.seconds)), flush=True)
-    finally:
-        rig.close()
-        shutil.rmtree(directory)
-        shutil.rmtree(short)
+    load = os.getloadavg()
+    disk = round(disk_rate(options.store), 1)
+    print(f"the disk takes {disk} MB/s with fdatasync after each 4 MiB; load average {load[0]:.1f}")
+    rows = measure(options.store, options.seconds, options)
+    if options.memory_seconds:
+        rows += measure("/dev/shm", options.memory_seconds, options)
+    for row in rows:
+        if row["limit"] == "waiting":
+            where = "writer, or others on this machine" if row["journal"] == "/dev/shm" else f"disk ({disk} MB/s)"
+            row["limit"] = where
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    result = {"seconds": options.seconds, "disk_MBps": disk, "load_average": load, "rows": rows}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("| journal | size | data | MB/s | IOPS | cores | shipper s/GB | receiver s/GB | wire | RPO s | limit |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['journal']} | {row['size']} | {row['data']} | {row['MBps']:,.0f} | {row['iops']:,} "
+            f"| {row['cores_used']} | {row['shipper_cpu_s_per_GB']} | {row['receiver_cpu_s_per_GB']} "
+            f"| {row['wire_ratio']} | {row['rpo_s']} | {row['limit']} |"
+        )
 
 
 if __name__ == "__main__":

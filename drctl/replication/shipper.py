@@ -102,12 +102,16 @@ class Shipper:
 
     async def _keep_link(self) -> None:
         backoff = FIRST_BACKOFF
-        while True:
+        # Not for ever: where a link breaks in the moment in which this task is cancelled, its TaskGroup raises the
+        # link's error and the cancellation is lost.
+        while not self._stopping.is_set():
             connections = self.state.link.connections
             try:
                 await self._one_connection()
             except DrctlError as exc:
                 slow = self._link_lost(exc)
+                if self._stopping.is_set():
+                    return
                 backoff = FIRST_BACKOFF if self.state.link.connections > connections else backoff
                 await asyncio.sleep(REFUSED_BACKOFF if slow else backoff)
                 backoff = min(2 * backoff, LONGEST_BACKOFF)
