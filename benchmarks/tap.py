@@ -1,12 +1,19 @@
-"""What a guest's writes cost behind the mirror: to the tap, to `nbdkit memory` (in C), to any other target, to none.
+"""What a guest's writes cost behind the mirror: to the tap alone, to the tap with the whole pipeline behind it
+(compression, TLS, a journal with fsync), to `nbdkit memory` (in C), to any other target, to none.
 
-    python benchmarks/tap.py [--seconds 2] [--rounds 5] [--source file|null|both] [--load 4k-qd1]...
+    python benchmarks/tap.py [--seconds 2] [--rounds 3] [--source file|null|slow|all] [--load 4k-qd1]...
                              [--target NAME:socket=PATH,export=NAME]... [--output benchmarks/results/tap.json]
 
 qemu-storage-daemon exports a raw disk; fio writes to it as a guest would; the disk is mirrored (sync=none,
 copy-mode=write-blocking) to the target. Every round runs every target once, in turning order, so that noise of the
-machine meets all alike; the result is the median of each and its ratio to nbdkit's. Ratios of one run may be compared,
-absolute numbers of two machines not. On a busy machine the processor time that the target spent per write says most.
+machine meets all alike; the result is the median of each and its ratio to nbdkit's. A run writes 256 MiB at most, so
+that the ring holds what the pipeline has not shipped: its backlog at the end, the time until that is drained, and the
+age of the newest durable checkpoint (RPO) stand in the same row.
+
+Source `file` is in the page cache: the worst case, since the disk itself costs nothing. Source `slow` takes 1 ms for a
+write (nbdkit's delay filter has no shorter one) and knows no cache: what a guest with O_DIRECT on real storage feels;
+see the columns against `no mirror`. Ratios of one run may be compared, absolute numbers of two machines not. On a busy
+machine the processor time that the target spent per write says most.
 """
 
 from __future__ import annotations
@@ -25,10 +32,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.stream_rig import EXPORT, drained, rpo, start, start_tap, stream
 from drctl.model.identity import StreamIdentity
 from drctl.store.ring import Ring, exports_path, write_exports
 from drctl.wire.ring import Word
@@ -36,7 +46,8 @@ from drctl.wire.ring import Word
 MiB = 1 << 20
 DISK = 256 * MiB
 RING = 256 * MiB
-EXPORT = "vm.vda"
+#: A run ends after so many bytes, or its seconds.
+BURST = 256 * MiB
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ class Target:
     export: str = ""
     pid: int = 0
     check: Callable[[], None] = lambda: None
+    #: Called after each load, while the mirror stands: what else is worth telling.
+    after: Callable[[], dict[str, float]] = dict
 
 
 class Monitor:
@@ -141,6 +154,32 @@ def tap(directory: Path) -> Iterator[Target]:
 
 
 @contextmanager
+def pipeline() -> Iterator[Target]:
+    """The tap with all that is behind it in production, its journal on the disk of /var/tmp."""
+    with stream(DISK, ring_bytes=2 * RING) as rig:
+        start(rig)
+        tap_socket = start_tap(rig)
+
+        def after() -> dict[str, float]:
+            backlog, age = rig.status()["backlog_bytes"], rpo(rig)
+            if rig.status()["ring"]["dropped"]:
+                raise RuntimeError("the ring was full: this would measure the dropping of writes")
+            return {"backlog_MB": backlog / 1e6, "rpo_s": age, "drain_s": drained(rig)}
+
+        yield Target("pipeline", str(tap_socket), EXPORT, rig.processes["tap"].pid, after=after)
+
+
+@contextmanager
+def slow_disk(directory: Path) -> Iterator[str]:
+    """A disk that takes 1 ms for each write; the qemu-storage-daemon option that uses it."""
+    path = directory / "slow.sock"
+    arguments = ["--filter=delay", "memory", f"size={DISK}", "delay-write=1ms"]
+    with process("nbdkit", "--foreground", "--threads=32", "--unix", str(path), *arguments):
+        wait_for(path.exists)
+        yield f"driver=nbd,server.type=unix,server.path={path}"
+
+
+@contextmanager
 def nbdkit(directory: Path) -> Iterator[Target]:
     """A memory disk served by C code of others: the peer to beat."""
     path = directory / "nbdkit.sock"
@@ -155,7 +194,16 @@ def storage(directory: Path, kind: str) -> Iterator[tuple[Monitor, str]]:
     image, monitor, device = directory / "disk.raw", directory / f"{kind}.qmp", directory / f"{kind}.dev"
     with image.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, DISK)
-    protocol = f"driver=file,filename={image}" if kind == "file" else f"driver=null-co,size={DISK}"
+    slow = slow_disk(directory) if kind == "slow" else nullcontext(f"driver=null-co,size={DISK}")
+    with slow as protocol:
+        protocol = f"driver=file,filename={image}" if kind == "file" else protocol
+        with serving(protocol, monitor, device) as connected:
+            yield connected, f"nbd+unix:///guest?socket={device}"
+    image.unlink()
+
+
+@contextmanager
+def serving(protocol: str, monitor: Path, device: Path) -> Iterator[Monitor]:
     arguments = [
         "--blockdev", f"{protocol},node-name=protocol", "--blockdev", "driver=raw,file=protocol,node-name=source",
         "--chardev", f"socket,id=qmp,path={monitor},server=on,wait=off", "--monitor", "chardev=qmp",
@@ -165,10 +213,9 @@ def storage(directory: Path, kind: str) -> Iterator[tuple[Monitor, str]]:
     with process("qemu-storage-daemon", *arguments):
         connected = Monitor(monitor)
         try:
-            yield connected, f"nbd+unix:///guest?socket={device}"
+            yield connected
         finally:
             connected.close()
-            image.unlink()
 
 
 @contextmanager
@@ -206,19 +253,20 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def run(address: str, load: Load, seconds: int, pid: int) -> dict[str, float]:
+def run(address: str, load: Load, seconds: int, target: Target) -> dict[str, float]:
     """One run, with the processor time that the target spent on each write: it does not depend on who else ran."""
-    before = processor_seconds(pid)
+    before = processor_seconds(target.pid)
     result = fio(address, load, seconds)
-    spent = processor_seconds(pid) - before
-    return result | {"cpu_us": spent / result.pop("writes") * 1e6}
+    spent = processor_seconds(target.pid) - before
+    return result | {"cpu_us": spent / result.pop("writes") * 1e6} | target.after()
 
 
 def fio(address: str, load: Load, seconds: int) -> dict[str, float]:
     """Random writes over the whole disk: writes per second, and microseconds until each was acknowledged."""
     done = subprocess.run(
         ["fio", "--name=guest", "--ioengine=nbd", f"--uri={address}", "--rw=randwrite", f"--bs={load.block}",
-         f"--iodepth={load.depth}", f"--size={DISK}", f"--runtime={seconds}", "--time_based", "--thread",
+         f"--iodepth={load.depth}", f"--size={DISK}", f"--runtime={seconds}",
+         f"--io_size={BURST}", "--thread",
          "--randrepeat=0", "--norandommap", "--output-format=json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -236,17 +284,20 @@ def fio(address: str, load: Load, seconds: int) -> dict[str, float]:
 def measure(directory: Path, kind: str, targets: list[Target], options: argparse.Namespace) -> list[dict[str, object]]:
     """Rows of one source: load, target, medians of all rounds, and every single run."""
     loads = [load for load in LOADS if not options.load or load.name in options.load]
+    if kind == "slow" and not options.load:
+        loads = [load for load in loads if load.depth <= 16]
     runs: dict[tuple[str, str], list[dict[str, float]]] = {}
     with storage(directory, kind) as (monitor, address):
         for target in targets:  # page in both sides
             with mirrored(monitor, target):
                 fio(address, Load("1M", 8), 1)
+                target.after()
         for number in range(options.rounds):
             for load in loads:
                 turn = number % len(targets)
                 for target in targets[turn:] + targets[:turn]:
                     with mirrored(monitor, target):
-                        result = run(address, load, options.seconds, target.pid)
+                        result = run(address, load, options.seconds, target)
                         runs.setdefault((load.name, target.name), []).append(result)
     rows = []
     for (load_name, target_name), results in runs.items():
@@ -256,17 +307,26 @@ def measure(directory: Path, kind: str, targets: list[Target], options: argparse
 
 
 def table(rows: list[dict[str, object]], peer: str) -> Iterator[str]:
-    """A Markdown table; the last column is the rate as a part of the peer's."""
-    yield f"| source | load | target | writes/s | MB/s | p50 µs | p99 µs | target's CPU µs/write | rate / {peer} |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    rates = {(row["source"], row["load"]): row["iops"] for row in rows if row["target"] == peer}
+    """A Markdown table; rates as a part of the peer's and of the disk's without a mirror, and what is added to those
+    latencies."""
+    yield (
+        f"| source | load | target | writes/s | MB/s | p50 µs | p99 µs | target's CPU µs/write | rate / {peer} "
+        "| rate / no mirror | p50 added | p99 added ms | backlog MB | drain s | RPO s |"
+    )
+    yield "|---" * 15 + "|"
+    found = {(row["source"], row["load"], row["target"]): row for row in rows}
     for row in rows:
-        rate = rates.get((row["source"], row["load"]))
-        ratio = f"{row['iops'] / rate:.2f}" if rate else "–"  # type: ignore[operator]
-        yield (
-            f"| {row['source']} | {row['load']} | {row['target']} | {row['iops']:,.0f} | {row['MB/s']:,.0f} "
-            f"| {row['p50_us']:,.0f} | {row['p99_us']:,.0f} | {row['cpu_us'] or 0:,.1f} | {ratio} |"
-        )
+        theirs, plain = (found.get((row["source"], row["load"], name)) for name in (peer, "no mirror"))
+        cells = [f"{row['iops']:,.0f}", f"{row['MB/s']:,.0f}", f"{row['p50_us']:,.0f}", f"{row['p99_us']:,.0f}"]
+        cells += [f"{row['cpu_us'] or 0:,.1f}"]
+        cells += [f"{row['iops'] / other['iops']:.2f}" if other else "–" for other in (theirs, plain)]  # type: ignore[operator]
+        if plain:
+            cells += [f"{row['p50_us'] / plain['p50_us'] - 1:+.0%}"]  # type: ignore[operator]
+            cells += [f"{(row['p99_us'] - plain['p99_us']) / 1000:+.2f}"]  # type: ignore[operator]
+        else:
+            cells += ["–", "–"]
+        cells += [f"{row[name]:.1f}" if name in row else "–" for name in ("backlog_MB", "drain_s", "rpo_s")]
+        yield f"| {row['source']} | {row['load']} | {row['target']} | " + " | ".join(cells) + " |"
 
 
 def machine() -> dict[str, object]:
@@ -299,8 +359,8 @@ def other(text: str) -> Target:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=2, help="of each run (fio takes whole ones)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--source", choices=["file", "null", "both"], default="both")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--source", choices=["file", "null", "slow", "all"], help="default: file and slow")
     parser.add_argument("--load", action="append", choices=[load.name for load in LOADS], help="default: all")
     parser.add_argument("--target", action="append", type=other, default=[], help="another target, already listening")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tap.json")
@@ -311,9 +371,9 @@ def main(arguments: list[str] | None = None) -> int:
         Path(tempfile.mkdtemp(prefix="drctl-bench-", dir="/var/tmp")),
     )
     try:
-        with nbdkit(memory) as peer, tap(memory) as ours:
-            targets = [Target("no mirror"), peer, ours, *options.target]
-            kinds = ["file", "null"] if options.source == "both" else [options.source]
+        with nbdkit(memory) as peer, tap(memory) as ours, pipeline() as whole:
+            targets = [Target("no mirror"), peer, ours, whole, *options.target]
+            kinds = {None: ["file", "slow"], "all": ["file", "null", "slow"]}.get(options.source, [options.source])
             rows = [row for kind in kinds for row in measure(disk, kind, targets, options)]
     finally:
         shutil.rmtree(memory)
