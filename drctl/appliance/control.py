@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import socket
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drctl.errors import DrctlError, NotFound
+from drctl.errors import DrctlError, NotFound, OutOfSpace, PreconditionFailed
 
 Progress = Callable[[dict[str, Any]], None]
 Handler = Callable[[dict[str, Any], Progress], Any]
@@ -80,6 +81,9 @@ class ControlServer:
             send(error=exc.as_dict())
         except _ClientGone:
             raise
+        except OSError as exc:
+            log.exception("control method %s", request.get("method"))
+            send(error=_of_the_system(exc).as_dict())
         except Exception as exc:  # the edge: a bug in one method must not end the service
             log.exception("control method %s", request.get("method"))
             send(error=DrctlError(f"unexpected {type(exc).__name__}: {exc}", hint="see the appliance's log").as_dict())
@@ -92,3 +96,12 @@ class ControlServer:
         if handler is None:
             raise NotFound("method", method, hint="the appliance and the command line are of different versions")
         return handler(request.get("params") or {}, progress)
+
+
+def _of_the_system(error: OSError) -> DrctlError:
+    """What the operating system refused, as an error that an operator can act on."""
+    place = f"{error.filename}: " if error.filename else ""
+    text = f"{place}{error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfSpace(text, hint="free space there; nothing that was kept is lost")
+    return PreconditionFailed(text, hint="mend it there (owner, mode, mount), then give the command again")

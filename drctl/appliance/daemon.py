@@ -139,7 +139,16 @@ class Appliance:
     def _group_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         del params, progress
         found = [{"group": name, "role": "source", **self._source.summary(name)} for name in self._source.names()]
-        return found + [{"group": n, "role": "recovery", **self._stores.summary(n)} for n in self._stores.names()]
+        return found + [self._store_summary(name) for name in self._stores.names()]
+
+    def _store_summary(self, name: str) -> dict[str, Any]:
+        """A store that can't be opened must not hide the others; its `group.status` says what is wrong with it."""
+        try:
+            return {"group": name, "role": "recovery", **self._stores.summary(name)}
+        except DrctlError as exc:
+            log.warning("store %s: %s", name, exc.message)
+            unknown = {"mode": "unreadable", "generation": 0, "spec": None}
+            return {"group": name, "role": "recovery", **unknown, "problem": exc.message}
 
     def _group_status(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drctl import __version__
+from drctl.appliance.client import Client
 from drctl.appliance.config import Home
 from drctl.errors import CertificateRejected, DrctlError
 from drctl.model.extent import GiB, format_bytes
@@ -20,6 +21,9 @@ from drctl.replication.identity import certificate_expiry
 #: A certificate is renewed by hand in this version: a month is time enough for it.
 CERTIFICATE_DAYS = 30
 _CERTIFICATE = CertificateRejected.slug
+#: A shipper that is rejected tries again each few seconds; what is older may be mended.
+_LATELY_NS = 30 * 10**9
+_RECEIVER_SECONDS = 1.0
 #: Below these a journal or a ring is about to be in trouble.
 STORE_FREE = 2 * GiB
 RUN_FREE = GiB // 4
@@ -48,6 +52,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
     findings += _space_findings(space)
     findings += _permission_findings(home)
     findings += _certificate_findings(home)
+    findings += _rejections(home)
     return {
         "site": config.site,
         "host": config.host,
@@ -106,6 +111,30 @@ def _certificate_findings(home: Home) -> list[dict[str, str]]:
     if days < CERTIFICATE_DAYS:
         return [_finding("warning", str(path), f"the certificate expires in {days:.0f} days", "enroll it anew before")]
     return []
+
+
+def _rejections(home: Home) -> list[dict[str, str]]:
+    """Whom our receiver turned away lately. TLS can't tell the peer itself, so it is told here."""
+    try:
+        status = Client(f"unix:{home.run / 'receiver.sock'}").call("status", timeout=_RECEIVER_SECONDS)
+    except DrctlError:
+        return []  # no receiver runs here, which is no finding of ours
+    since = time.time_ns() - _LATELY_NS
+    newest = {
+        (row["message"], row.get("error")): row
+        for row in status.get("rejected") or []
+        if row["wall_ns"] > since and row.get("error") == _CERTIFICATE
+    }
+    return [
+        _finding(
+            "error",
+            f"a peer at {str(row.get('address')).rpartition(':')[0] or row.get('address')}",
+            f"was rejected: {row['message']}",
+            row.get("hint") or "it needs a certificate of this project's CA, and its UUID in tls/peers.json here",
+            _CERTIFICATE,
+        )
+        for row in newest.values()
+    ]
 
 
 def labels(system: Path = Path("/sys")) -> str:

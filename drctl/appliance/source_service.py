@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from drctl.appliance.config import Home
@@ -15,7 +17,8 @@ from drctl.appliance.process import Processes
 from drctl.appliance.protection import Protection
 from drctl.appliance.quiesce import Quiescer
 from drctl.appliance.source_status import source_status
-from drctl.errors import NotFound, Refused, StepFailed, WrongPhase
+from drctl.errors import AlreadyExists, NotFound, OutOfSpace, Refused, StepFailed, WrongPhase
+from drctl.model.extent import format_bytes
 from drctl.model.group import GroupSpec
 from drctl.model.phase import Phase
 
@@ -75,10 +78,22 @@ class SourceService:
             return False
         if known is not None and set(known.state.spec.machines) != set(spec.machines):
             _demand_unprotected(known, "its machines can't be changed")
+        self._demand_free(spec)
         self._home.peer(spec.recovery)
         self._files.put(spec)
         self._open(spec.name).changed_spec()
         return True
+
+    def _demand_free(self, spec: GroupSpec) -> None:
+        """Raises AlreadyExists when a machine is in another group: its disks would be tapped twice."""
+        for name, other in self._protections.items():
+            taken = sorted(set(spec.machines) & set(other.state.spec.machines)) if name != spec.name else []
+            if taken:
+                raise AlreadyExists(
+                    f"{', '.join(taken)} of {spec.name} is in group {name} already",
+                    hint=f"a machine belongs to one group: drctl group show {name}",
+                    group=spec.name,
+                )
 
     def remove(self, name: str) -> None:
         """Forget a group that is not protected. Raises WrongPhase while it is."""
@@ -106,6 +121,8 @@ class SourceService:
                 f"{params['group']} reigns at the other site now; this one may neither run nor replicate it",
                 hint="bring it home by a failback",
             )
+        if not protection.state.epoch:
+            demand_room(self._home.run, protection.state.spec.ring_size)
         protection.want(Desired.PROTECTED)
         deadline = time.monotonic() + ATTACH_SECONDS
         while time.monotonic() < deadline:
@@ -196,3 +213,15 @@ def _demand_live(protection: Protection) -> None:
         group=name,
         phase=phase.value,
     )
+
+
+def demand_room(run: Path, ring_size: int) -> None:
+    """Raises OutOfSpace when the ring can't be had: better now than as a group that never attaches."""
+    free = shutil.disk_usage(run).free
+    if ring_size > free:
+        raise OutOfSpace(
+            f"a ring of {format_bytes(ring_size)} does not fit: {run} has {format_bytes(free)} free",
+            hint="lower ring_size in the group's file and apply, or give the file system more memory",
+            needed=ring_size,
+            free=free,
+        )

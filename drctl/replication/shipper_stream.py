@@ -98,7 +98,11 @@ class StreamSender:
         except TimeoutError as exc:
             raise ApplianceUnreachable("the receiver did not answer HELLO in time") from exc
         if not messages:
-            raise ApplianceUnreachable("the receiver closed the connection without a word")
+            raise ApplianceUnreachable(
+                "the receiver closed the connection right after the handshake, as it does with a certificate that it "
+                "rejects",
+                hint="drctl doctor tells whom the receiver rejected, and why",
+            )
         welcome = messages[0]
         if isinstance(welcome, wire.Refused):
             raise _refusal(welcome)
