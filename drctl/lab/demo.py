@@ -5,11 +5,12 @@ guests that note, at the host's clock, what they had acknowledged when."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from drctl.appliance import config
+from drctl.appliance.client import Client
 from drctl.errors import DrctlError, StepFailed
 from drctl.lab import lab
 from drctl.lab.disaster import destroy_site
@@ -28,110 +31,166 @@ from drctl.store.group_store import GroupStore
 DIRECTORY = Path("/var/tmp/drctl-demo")
 GROUP = "web"
 MACHINES = ("web-1", "web-2")
+ACTS = 6
+REASON = "fire at alpha"
+NEXT = (
+    ("drctl lab up", "the same two sites, for yourself"),
+    ("export DRCTL_CONFIG=/var/tmp/drctl-lab", ""),
+    ("drctl apply", ""),
+    ("drctl replicate start web", "on a terminal it waits until web is live"),
+    ("drctl status web --watch", ""),
+    ("drctl checkpoint create web --quiesce", "file systems frozen for the moment of the mark"),
+    ("drctl test start web --checkpoint -1m", "a trial boot, a minute ago"),
+    ("drctl failover web --dry-run", "what would be lost, now"),
+    ("drctl doctor", "what would stand in the way"),
+    ("drctl lab down", "removes all of it"),
+)
 #: Short, so that a newcomer sees checkpoints come; the default of the product is 5 s.
 INTERVAL = "2s"
 _HISTORY_SECONDS = 16.0
-_PATIENCE = 120.0
+#: A loaded machine without KVM boots a guest in minutes, an idle one in seconds.
+_PATIENCE = 300.0
 
 
 @dataclass(slots=True)
 class Demo:
-    """One run. `out` gets every line."""
+    """One run. `environment` is how its commands find their sites: a configuration first, a bare home at the end."""
 
     directory: Path
-    config: Path
+    environment: dict[str, str]
     home: Path
     started: float = field(default_factory=time.monotonic)
+    act: int = 0
+    headers: set[str] = field(default_factory=set)
 
     def say(self, text: str = "") -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    def title(self, text: str) -> None:
+    def title(self, text: str, *explanation: str) -> None:
+        self.act += 1
         self.say()
-        self.say(f"== {text}  [{time.monotonic() - self.started:.0f} s]")
+        self.say(f"== {self.act} of {ACTS}: {text}  [{time.monotonic() - self.started:.0f} s]")
+        for line in explanation:
+            self.say(f"   {line}")
+        self.say()
 
-    def drctl(self, *arguments: str, quiet: bool = False, show: bool = True) -> str:
-        """Run a command as a person would, show it and what it says. Raises StepFailed when it fails."""
-        if show:
-            self.say(f"$ drctl {' '.join(_quoted(arguments))}")
+    def drctl(self, *arguments: str, last: int = 0) -> None:
+        """Run a command as a person would, show it and what it says. Raises StepFailed when it fails.
+
+        With `last` only that many lines are shown, as `tail` would."""
+        self.say(f"$ drctl {' '.join(_quoted(arguments))}" + (f" | tail -{last}" if last else ""))
         command = [sys.executable, "-m", "drctl.cli", *arguments]
-        environment = {**os.environ, "DRCTL_CONFIG": str(self.config), "COLUMNS": "110"}
-        errors = subprocess.DEVNULL if quiet else None
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, check=False)
-        if not quiet:
-            self.say(done.stdout.rstrip())
-        if done.returncode:
-            raise StepFailed(f"drctl {' '.join(arguments)} ended with {done.returncode}")
-        return done.stdout
+        environment = {**_clean(), **self.environment, "COLUMNS": "110"}
+        kept: deque[str] = deque(maxlen=last or None)
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+        ) as process:
+            assert process.stdout is not None
+            for number, line in enumerate(process.stdout):
+                if number == 0 and self._is_known_header(line):
+                    continue
+                if last:
+                    kept.append(line)
+                else:
+                    self.say(f"  {line.rstrip()}".rstrip())
+        for line in kept:
+            self.say(f"  {line.rstrip()}")
+        if process.returncode:
+            raise StepFailed(f"drctl {' '.join(arguments)} ended with {process.returncode}")
 
-    def json(self, *arguments: str) -> dict[str, Any]:
-        return dict(json.loads(self.drctl(*arguments, "--output", "json", quiet=True, show=False)))
+    def _is_known_header(self, line: str) -> bool:
+        """Every command says first which configuration and sites it read; here once for each is enough."""
+        known = line in self.headers
+        self.headers.add(line)
+        return known
 
     # -- the acts ---------------------------------------------------------------------------------------------------
 
     def raise_lab(self) -> None:
-        self.title("Two sites, each a real libvirtd; two guests at alpha boot from their disks and write")
+        self.say(
+            "drctl's main job, done for real on this machine: protect, look back, lose a site, recover. Lines that"
+        )
+        self.say("begin with $ are the commands an operator types, and what follows is what they said just now.")
+        self.title(
+            "Two sites",
+            "alpha and beta: a libvirtd and a drctl appliance each. At alpha two guests boot from their own disks and",
+            "write without end. Each write is noted by the witness, outside of both sites, when it was acknowledged.",
+        )
         lab.down(self.directory)
         report = lab.up(self.directory, Options(guests=2), lambda text: self.say(f"  {text}"))
-        self.say(f"  guests run under {report.accelerator}; config: {self.config}")
+        self.say(f"  guests run under {report.accelerator}; everything lies in {self.directory}")
 
     def protect(self) -> None:
-        self.title("Protect both as one group; the guests go on writing")
+        self.title(
+            "Protect both machines as one group",
+            "One TOML file says what is protected. Their disks are tapped while they run; all writes go to beta.",
+        )
         toml = self.directory / "groups" / f"{GROUP}.toml"
         toml.write_text(toml.read_text().replace('"5s"', f'"{INTERVAL}"'))
+        self.say(f"$ export DRCTL_CONFIG={self.directory}")
         self.drctl("apply", "--yes")
         self.drctl("replicate", "start", GROUP, "--yes", "--wait")
-        self.title(f"Checkpoints: one every {INTERVAL}, each proven and on disk at beta before it is listed")
+        self.say()
+        self.say(
+            f"   A checkpoint follows each {INTERVAL}, of all disks of both guests at one moment. It is listed when"
+        )
+        self.say("   it is proven to be in order and is on disk at beta, never before.")
+        self.say()
         time.sleep(_HISTORY_SECONDS)
-        self.drctl("checkpoint", "list", GROUP, "--last", "6")
+        self.drctl("checkpoint", "list", GROUP, "--last", "4")
         self.drctl("status", GROUP)
 
     def survive_corruption(self) -> None:
-        self.title("web-2 is hit: something encrypts a file on its disk")
+        self.title(
+            "Ransomware",
+            "Something encrypts a file on web-2. That is replicated like any write: the newest checkpoint has it.",
+        )
         observer = Observer(self.directory)
         moment = time.time()
         observer.send("encrypt", guest="web-2", site="alpha", wait=30)
         # The damage is replicated like every other write, so it has to be in a checkpoint before it can be avoided.
         self._await_checkpoint_after(time.time())
         number = self._newest()
-        self.say(f"  checkpoint #{number}, judged by the witness: {_verdict(self._judge(number))}")
+        self.say(f"   checkpoint #{number}, as the witness judges it: {_verdict(self._judge(number))}")
+        self.say()
+        self.say("   So boot the last one before it, at beta, cut off from everything, while replication goes on.")
+        self.say()
         stamp = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
-        self.say("  The last checkpoint before it, booted in isolation while replication goes on:")
         begun = time.time_ns()
         self.drctl("test", "start", GROUP, "--checkpoint", stamp, "--yes")
+        self.say()
         test = self._one_test()
-        number = int(test["checkpoint"]["number"])
         for machine in MACHINES:
             # A guest reads and sums its whole file before its first word: what says it is up has it whole.
             up = observer.await_up(machine, "beta", after_ns=begun, timeout=_PATIENCE)
-            self.say(f"  {machine}: first own output {(up - begun) / 1e9:.1f} s after the command")
-        self.say(f"  checkpoint #{number}, judged by the witness: {_verdict(self._prove(number))}")
+            self.say(f"   {machine}: has booted, and read its file whole, {(up - begun) / 1e9:.1f} s after the command")
+        number = int(test["checkpoint"]["number"])
+        self.say(f"   checkpoint #{number}, as the witness judges it: {_verdict(self._prove(number))}")
+        self.say()
         self.drctl("test", "stop", str(test["id"]), "--yes")
-        self.say("  (the file is put right at alpha)")
         observer.send("decrypt", guest="web-2", site="alpha", wait=30)
+        self.say("   (the file is put right at alpha, and work goes on)")
 
     def lose_the_site(self) -> None:
-        self.title("Disaster: alpha's QEMUs, libvirtd and appliance are killed, its disks and your config deleted")
         self._await_checkpoint_after(time.time())
+        self.title(
+            "Disaster",
+            "alpha is gone without a word: SIGKILL to its QEMUs, libvirtd and appliance, then its disks are deleted,",
+            "and the operator's configuration with them.",
+        )
         moment = destroy_site(self.directory, "alpha", lambda text: self.say(f"  {text}"))
         time.sleep(1.0)
-        self.title("All that is left is beta's own store: fail the group over from there")
-        self.config = self.home / "none"
-        os.environ["DRCTL_HOME"] = str(self.home)
-        self.drctl("--home", str(self.home), "failover", GROUP, "--dry-run", "--source-is-down", "fire at alpha")
-        ordered = time.time_ns()
-        self.drctl(
-            "--home",
-            str(self.home),
-            "failover",
-            GROUP,
-            "--source-is-down",
-            "fire at alpha",
-            "--confirm",
-            GROUP,
-            "--yes",
+        self.title(
+            "Failover, from what beta alone has",
+            "No configuration, no manager: beta's own store knows the group, its machines and its checkpoints.",
         )
+        self.environment = {"DRCTL_HOME": str(self.home)}
+        self.say(f"$ export DRCTL_HOME={self.home}")
+        self.drctl("failover", GROUP, "--candidates", last=4)
+        self.drctl("failover", GROUP, "--dry-run", "--source-is-down", REASON)
+        ordered = time.time_ns()
+        self.drctl("failover", GROUP, "--source-is-down", REASON, "--confirm", GROUP, "--yes")
         self._account(moment, ordered)
 
     def _account(self, moment: int, ordered: int) -> None:
@@ -141,37 +200,39 @@ class Demo:
         verdict = self._prove(number)
         losses = loss(verdict, observer.logs("alpha"), moment)
         self.say()
-        self.say(f"  checkpoint #{number}: {_verdict(verdict)}")
-        self.say("  guest   lost at the disaster (RPO)          back after the command (RTO)   writes again after")
+        self.say("   What it came to, by the witness's log and the guests' own words:")
+        self.say()
+        self.say("            RPO: lost of what was acknowledged     RTO: from the command on, until the guest")
+        self.say("   guest         time [s]   writes                    has booted [s]   writes again [s]")
         for name, lost in losses.items():
-            up = observer.await_up(name, "beta", after_ns=ordered, timeout=_PATIENCE)
-            wrote = observer.await_more(name, "beta", 1, timeout=_PATIENCE)
-            missing = f"{lost.rpo_seconds:.1f} s, {sum(lost.missing)} records"
-            self.say(f"  {name:<7} {missing:<35} {(up - ordered) / 1e9:<30.1f} {(wrote - ordered) / 1e9:.1f} s")
+            up = (observer.await_up(name, "beta", after_ns=ordered, timeout=_PATIENCE) - ordered) / 1e9
+            wrote = (observer.await_more(name, "beta", 1, timeout=_PATIENCE) - ordered) / 1e9
+            self.say(f"   {name:<10}{lost.rpo_seconds:>11.1f}{sum(lost.missing):>9}{up:>34.1f}{wrote:>19.1f}")
+        self.say()
+        self.say(f"   checkpoint #{number}, as the witness judges it: {_verdict(verdict)}")
 
     def settle(self) -> None:
-        self.title("Make it final: the disks are pulled out of the journal while the guests run")
-        self.drctl("--home", str(self.home), "commit", GROUP, "--yes")
-        self.drctl("--home", str(self.home), "status", GROUP)
+        self.title(
+            "Make it final",
+            "The guests run on layers over the replica. A commit copies what they still read from it, while they run.",
+        )
+        self.drctl("commit", GROUP, "--yes")
+        self.drctl("status", GROUP)
 
     def end(self) -> None:
-        self.title("Done")
-        self.say("What to try next:")
-        self.say("  drctl lab up                                     the same two sites for yourself")
-        self.say("  export DRCTL_CONFIG=/var/tmp/drctl-lab/drctl.toml")
-        self.say("  drctl apply && drctl replicate start web         then: drctl status web --watch")
-        self.say("  drctl checkpoint create web --quiesce            file systems frozen for the moment of the mark")
-        self.say("  drctl test start web --checkpoint -1m            a trial boot, a minute ago")
-        self.say("  drctl lab down                                   removes all of it")
+        self.say()
+        self.say(f"== Done in {time.monotonic() - self.started:.0f} s; the lab is being removed. What to try next:")
+        self.say()
+        for command, what in NEXT:
+            self.say(f"   {command:<44} {what}".rstrip())
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
-    def _status(self) -> dict[str, Any]:
-        from drctl.appliance import config
-        from drctl.appliance.client import Client
+    def _client(self) -> Client:
+        return Client(f"unix:{config.load(self.home).control}")
 
-        address = f"unix:{config.load(self.home).control}"
-        return dict(Client(address).call("group.status", {"group": GROUP}))
+    def _status(self) -> dict[str, Any]:
+        return dict(self._client().call("group.status", {"group": GROUP}))
 
     def _newest(self) -> int:
         return int(self._status()["checkpoints"]["newest"]["number"])
@@ -186,9 +247,7 @@ class Demo:
         raise StepFailed(f"no checkpoint came within {_PATIENCE:.0f} s")
 
     def _one_test(self) -> dict[str, Any]:
-        tests = self.json("test", "list")
-        found = next(value for value in tests.values() if isinstance(value, list) and value and "id" in value[0])
-        return dict(found[0])
+        return dict(self._client().call("test.list", {"group": GROUP})[0])
 
     def _judge(self, number: int) -> Verdict:
         with closing(GroupStore.open(self.home / "store" / GROUP)) as store, closing(store.open_view(number)) as view:
@@ -214,22 +273,35 @@ def _quoted(arguments: Sequence[str]) -> list[str]:
     return [f'"{each}"' if " " in each else each for each in arguments]
 
 
+def _clean() -> dict[str, str]:
+    """Our environment without what would send a command to another world."""
+    return {key: value for key, value in os.environ.items() if key not in ("DRCTL_CONFIG", "DRCTL_HOME")}
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
-    """Run the demo; leaves nothing behind when it ends well, the lab for a look when it does not."""
+    """Run the demo. It leaves nothing behind when it ends well or is interrupted; when it fails, the lab for a look."""
     directory = Path(os.environ.get("DRCTL_DEMO_DIRECTORY", str(DIRECTORY)))
-    demo = Demo(directory, directory / "drctl.toml", directory / "beta" / "home")
+    demo = Demo(directory, {"DRCTL_CONFIG": str(directory)}, directory / "beta" / "home")
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = 0
     try:
-        demo.raise_lab()
-        demo.protect()
-        demo.survive_corruption()
-        demo.lose_the_site()
-        demo.settle()
-        demo.end()
+        for act in (demo.raise_lab, demo.protect, demo.survive_corruption, demo.lose_the_site, demo.settle, demo.end):
+            act()
     except DrctlError as exc:
-        demo.say(f"\nthe demo stopped: {exc.message}\n{exc.hint}\nthe lab is left as it is in {directory}")
+        demo.say(f"\nthe demo stopped: {exc.message}" + (f"\n  what to do: {exc.hint}" if exc.hint else ""))
+        demo.say(f"the lab is left for a look in {directory}; remove it: drctl lab down --directory {directory}")
         return exc.exit_code
+    except KeyboardInterrupt:
+        demo.say("\ninterrupted; removing the lab")
+        code = 130
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     lab.down(directory)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

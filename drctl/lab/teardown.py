@@ -34,7 +34,8 @@ def tear_down(directory: Path, progress: Progress) -> None:
     if left:
         raise StepFailed(f"still running: {', '.join(f'{known.name} ({known.pid})' for known in left)}")
     progress("removing the lab's directories")
-    if places.run.name.startswith(layout.RUN_PREFIX):
+    # It may be gone already: an earlier `down` that broke off here has to be able to end.
+    if places.run.name.startswith(layout.RUN_PREFIX) and places.run.exists():
         remove(places.run)
     remove(directory)
 
