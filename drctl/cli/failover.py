@@ -123,7 +123,7 @@ def _show_plan(context: Context, host: Host, plan: dict[str, Any]) -> None:
     source = plan.get("source") or {}
     say(f"failover of {plan['group']} to {host.site}/{host.name}, generation {render.word(plan.get('generation'))}")
     say(f"  checkpoint {points.spell(points.decode(plan['checkpoint']), context.clock.time())}")
-    say(f"  loss: {render.duration(plan.get('loss_seconds'))}, all that the source wrote after the checkpoint")
+    say(f"  loss: {render.duration(plan.get('loss_seconds'))} at most, what the source wrote after the checkpoint")
     # Fencing is not asked about where nothing can be said: it only matters when it is there.
     place = f"{source.get('site')}/{source.get('host')}"
     reachable = {True: "answers", False: "does not answer", None: "was not asked"}[source.get("reachable")]

@@ -45,7 +45,7 @@ def show(context: Context, kind: str, recovery: dict[str, Any]) -> int:
         context.document(kind, recovery=recovery)
     else:
         context.screen.facts(
-            [*zip(COLUMNS, row(recovery), strict=True), ("rto", render.duration(recovery.get("rto_seconds")))]
+            [*zip(COLUMNS, row(recovery), strict=True), ("started in", render.duration(recovery.get("rto_seconds")))]
         )
         context.screen.line()
         columns = ("machine", "here", "state", "reason")

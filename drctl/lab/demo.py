@@ -88,9 +88,10 @@ class Demo:
         ) as process:
             assert process.stdout is not None
             for number, line in enumerate(process.stdout):
-                if number == 0 and self._is_known_header(line):
+                header = number == 0
+                if header and self._is_known_header(line):
                     continue
-                if last:
+                if last and not header:
                     kept.append(line)
                 else:
                     self.say(f"  {line.rstrip()}".rstrip())
@@ -266,7 +267,7 @@ class Demo:
 def _verdict(verdict: Verdict) -> str:
     if verdict.true_prefix:
         return "one true point in the life of both guests, every record whole and linked"
-    return f"not what the guests did ({len(verdict.reasons)} contradictions, e.g. {verdict.reasons[0]})"
+    return f"not what the guests did, e.g. {verdict.reasons[0]}"
 
 
 def _quoted(arguments: Sequence[str]) -> list[str]:
