@@ -139,16 +139,34 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    width = 0
-    for index, column in enumerate(columns):
-        longest = max(len(line[index]) for line in [columns, *rows])
-        table.add_column(column, overflow="fold", no_wrap=longest <= _PROSE)
-        width += min(longest, _PROSE) + 3
+    console = Console()
+    longest = [max(len(line[index]) for line in [columns, *rows]) for index in range(len(columns))]
+    if sum(min(width, _PROSE) + 2 for width in longest) > console.width:
+        _rich_records(columns, rows)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for column, width in zip(columns, longest, strict=True):
+        table.add_column(column, overflow="fold", no_wrap=width <= _PROSE)
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
-    # Words are never broken: a table that is too wide is left to the terminal.
-    Console(width=max(Console().width, width)).print(table)
+    console.print(table)
+
+
+def _rich_records(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that does not fit the terminal, as a block of lines for each row: words are never broken."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    width = max(len(column) for column in columns)
+    for number, row in enumerate(rows):
+        if number:
+            console.print()
+        for column, cell in zip(columns, row, strict=True):
+            line = Text.assemble(
+                (f"{column:<{width}}  ", "bold" if column == columns[0] else "dim"), (cell, _style(cell))
+            )
+            console.print(line, overflow="fold")
 
 
 def _style(cell: str) -> str:
