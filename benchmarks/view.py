@@ -1,7 +1,7 @@
 """How long a view takes to open, what memory it takes, and how fast it reads, over a big journal.
 
-`python benchmarks/view.py [--records N] [--disk GIB] [--directory DIR] [--keep]`. Each measurement runs in a process
-of its own. Blocks are checked against the last segment that wrote them."""
+`python benchmarks/view.py [--records N] [--disk GIB] [--directory DIR] [--result FILE] [--keep]`. Each measurement runs
+in a process of its own. Blocks are checked against the last segment that wrote them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.journal_generator import BLOCK, blocks_of, build, fill
+from benchmarks.lab_world import machine
 from drctl.store.group_store import GroupStore
 
 MiB, GiB = 1 << 20, 1 << 30
+RESULT = Path(__file__).parent / "results" / "view.json"
 
 
 def measure(root: Path, number: int) -> dict[str, object]:
@@ -76,11 +78,27 @@ def check(size: int, number: int, places: list[int], blocks: list[bytes]) -> Non
             raise SystemExit(f"block {place} of checkpoint {number} is wrong")
 
 
+def checked(root: Path, number: int) -> object:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--directory", str(root), "--measure", str(number)]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(told, end="", flush=True)
+    return json.loads(told)
+
+
+def save(path: Path, result: dict[str, object]) -> None:
+    """Put it into the file, in place of an older one of as many records."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    known = [each for each in known if each["records"] != result["records"]] + [result]
+    path.write_text(json.dumps(sorted(known, key=lambda each: each["records"]), indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=10_000_000)
     parser.add_argument("--disk", type=int, default=256, help="GiB")
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"))
+    parser.add_argument("--result", type=Path, default=RESULT, help="JSON file that takes the result")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -94,21 +112,18 @@ def main() -> None:
         built = time.perf_counter() - begin
         used = sum(path.stat().st_size for path in work.rglob("*.*") if path.suffix in (".seg", ".run"))
         runs = sum(path.stat().st_size for path in work.rglob("*.run"))
-        print(
-            json.dumps(
-                {
-                    "records": options.records,
-                    "segments": count,
-                    "files_MiB": used // MiB,
-                    "runs_MiB": runs // MiB,
-                    "build_s": round(built, 1),
-                }
-            ),
-            flush=True,
-        )
-        for number in (2 * count, count | 1):
-            command = [sys.executable, __file__, "--directory", str(work / "big"), "--measure", str(number)]
-            subprocess.run(command, check=True)
+        result: dict[str, object] = {
+            "records": options.records,
+            "segments": count,
+            "files_MiB": used // MiB,
+            "runs_MiB": runs // MiB,
+            "build_s": round(built, 1),
+            **machine(),
+        }
+        print(json.dumps(result), flush=True)
+        result["views"] = [checked(work / "big", number) for number in (2 * count, count | 1)]
+        options.result.parent.mkdir(exist_ok=True)
+        save(options.result, result)
     finally:
         if options.keep:
             print(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -19,11 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.lab_world import save
 from drctl.model.group import GroupDisk
 from tests.integration.store_rig import StoreRig
 
 MiB = 1024 * 1024
 EXPORT = "db.vda"
+FIO_SECONDS = 3
 
 
 def payload(rng: random.Random, length: int) -> bytes:
@@ -60,6 +63,11 @@ class Server:
             time.sleep(0.05)
         self.opened = time.monotonic() - begin
         del sock
+
+    def cpu(self) -> float:
+        """Seconds of CPU time so far. On a busy machine the only measure that tells the server from its neighbours."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -101,7 +109,7 @@ def copy(server: Server, request: int, size: int, connections: int) -> float:
     return size / MiB / (time.monotonic() - begin)
 
 
-def fio(server: Server, depth: int, seconds: int = 2) -> float:
+def fio(server: Server, depth: int, seconds: int = FIO_SECONDS) -> float:
     """4 KiB random reads per second."""
     argv = ["fio", "--name=x", "--ioengine=nbd", f"--uri={server.url}", "--rw=randread", "--bs=4k", "--time_based"]
     argv += [f"--iodepth={depth}", f"--runtime={seconds}", "--size=100%", "--output-format=json", "--randrepeat=0"]
@@ -109,7 +117,8 @@ def fio(server: Server, depth: int, seconds: int = 2) -> float:
     return json.loads(out[out.index("{") :])["jobs"][0]["read"]["iops"]
 
 
-def measure(found: list[Server], rounds: int, size: int) -> None:
+def measure(found: list[Server], rounds: int, size: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
     tests = [
         (f"sequential {request // 1024} KiB, {connections} connections", "MiB/s", copy, (request, size, connections))
         for request, connections in ((65536, 1), (262144, 1), (MiB, 1), (262144, 4))
@@ -118,13 +127,23 @@ def measure(found: list[Server], rounds: int, size: int) -> None:
         tests += [(f"random 4 KiB, depth {depth}", "reads/s", fio, (depth,)) for depth in (1, 16)]
     for label, unit, test, arguments in tests:
         results: dict[str, list[float]] = {server.name: [] for server in found}
+        cpu: dict[str, list[float]] = {server.name: [] for server in found}
         for _ in range(rounds):
             for server in found:
-                results[server.name].append(test(server, *arguments))
+                before = server.cpu()
+                rate = test(server, *arguments)
+                reads = size / arguments[0] if test is copy else rate * FIO_SECONDS
+                results[server.name].append(rate)
+                cpu[server.name].append((server.cpu() - before) / reads * 1e6)
         medians = {name: statistics.median(values) for name, values in results.items()}
+        cost = {name: round(statistics.median(values), 1) for name, values in cpu.items()}
         best = max(value for name, value in medians.items() if name != "view")
         shown = "  ".join(f"{name} {value:,.0f}" for name, value in medians.items())
-        print(f"{label}: {shown} {unit}  (view / best peer {medians['view'] / best:.2f})")
+        print(f"{label}: {shown} {unit}  (view / best peer {medians['view'] / best:.2f}); CPU us per read {cost}")
+        rounded = {name: round(value) for name, value in medians.items()}
+        share = round(medians["view"] / best, 2)
+        rows.append({"test": label, "unit": unit, **rounded, "view_to_best_peer": share, "cpu_us_per_read": cost})
+    return rows
 
 
 def main() -> None:
@@ -141,8 +160,11 @@ def main() -> None:
         found = servers(directory, rig, raw)
         try:
             print(f"disk {options.size} MiB, journal {options.journal} MiB; the view opened in {found[0].opened:.2f} s")
-            measure(found, options.rounds, size)
+            rows = measure(found, options.rounds, size)
             print(f"the view's peak memory: {found[0].peak():.0f} MiB")
+            result: dict[str, object] = {"disk_MiB": options.size, "journal_MiB": options.journal}
+            result |= {"rounds": options.rounds, "view_opened_s": round(found[0].opened, 2)}
+            save("view_read", result | {"view_peak_MiB": round(found[0].peak()), "rows": rows})
         finally:
             for server in found:
                 server.stop()

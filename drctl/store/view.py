@@ -58,16 +58,20 @@ class _Frames:
         self._payloads: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
         self._size = 0
 
-    def payload(self, log: int, offset: int) -> memoryview:
-        """Raises FileNotFoundError (the segment was merged or promoted) or IntegrityError."""
+    def payload(self, log: int, offset: int, wanted: int) -> memoryview:
+        """The payload of which `wanted` bytes are. Raises FileNotFoundError (the segment was merged or promoted) or
+        IntegrityError."""
         found = self._payloads.get((log, offset))
         if found is not None:
-            self._payloads.move_to_end((log, offset))
+            if 2 * wanted < len(found):
+                self._payloads.move_to_end((log, offset))
             return found
         path, file = self._open(log)
         frame = read_frame(file, path, offset)
         payload = memoryview(payload_of(frame.header, frame.body, f"{path}+{offset}"))
         self._payloads[log, offset] = payload
+        # Little is left to ask for of one that is used up by one read: it must not drive out those of scattered blocks.
+        self._payloads.move_to_end((log, offset), last=2 * wanted < len(payload))
         self._size += len(payload)
         while self._size > _FRAME_CACHE:
             self._size -= len(self._payloads.popitem(last=False)[1])
@@ -165,8 +169,8 @@ class View:
                 self._distrust.paths.add(path)
                 self.refresh()
 
-    def payload(self, log: int, frame: int) -> memoryview:
-        return self._frames.payload(log, frame)
+    def payload(self, log: int, frame: int, wanted: int) -> memoryview:
+        return self._frames.payload(log, frame, wanted)
 
     def place(self, log: int, frame: int) -> str:
         return self._frames.place(log, frame)
@@ -254,7 +258,7 @@ class ViewDisk:
         if payload & ZERO:
             target[:] = bytes(len(target))
             return
-        data = self._view.payload(log, frame)[payload : payload + len(target)]
+        data = self._view.payload(log, frame, len(target))[payload : payload + len(target)]
         if len(data) != len(target):
             raise IntegrityError(f"{self._view.place(log, frame)}: the frame has fewer bytes than its index says")
         target[:] = data
