@@ -27,9 +27,11 @@ def decode(row: dict[str, Any]) -> Checkpoint:
     )
 
 
-def fetch(context: Context, host: Host, group: str) -> list[Checkpoint]:
-    """The restorable checkpoints of a group, in order of time. Raises DrctlError."""
-    return [decode(row) for row in context.call(host, "checkpoint.list", group=group)]
+def fetch(context: Context, host: Host, group: str, last: int = 0) -> list[Checkpoint]:
+    """The restorable checkpoints of a group, in order of time; the newest `last` of them, 0: all. Raises DrctlError.
+
+    An older appliance, that does not know `last`, tells all."""
+    return [decode(row) for row in context.call(host, "checkpoint.list", group=group, last=last)][-last:]
 
 
 def choose(context: Context, checkpoints: Sequence[Checkpoint], selector: str) -> Checkpoint:
