@@ -6,6 +6,7 @@ guests that note, at the host's clock, what they had acknowledged when."""
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from drctl.lab.disaster import destroy_site
 from drctl.lab.judge import Verdict, judge, loss
 from drctl.lab.layout import Options
 from drctl.lab.observer import Observer
+from drctl.model.duration import parse_duration
 from drctl.store.group_store import GroupStore
 
 DIRECTORY = Path("/var/tmp/drctl-demo")
@@ -180,6 +182,8 @@ class Demo:
             "alpha is gone without a word: SIGKILL to its QEMUs, libvirtd and appliance, then its disks are deleted,",
             "and the operator's configuration with them.",
         )
+        # Not right after a checkpoint, which would flatter the RPO: at a random moment of the interval.
+        time.sleep(random.uniform(0.0, parse_duration(INTERVAL)))
         moment = destroy_site(self.directory, "alpha", lambda text: self.say(f"  {text}"))
         time.sleep(1.0)
         self.title(
