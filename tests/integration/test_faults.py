@@ -395,7 +395,12 @@ def test_a_view_that_dies_under_a_guest_pauses_it_at_most(faults, number):
                 faults.rig.observer.await_more("web-1", "beta", 3, timeout=60)
         assert {s.guest: s.trouble for s in faults.rig.observer.seen() if s.site == "beta" and s.trouble} == {}
         domain = list_tests(faults)[test["id"]]["machines"][0]["recovery_name"]
-        assert faults.rig.virsh("beta", "domstate", domain, "--reason").split()[0] == "running"
+        # It may pause on a read that came while the view was away, and is resumed when the view is back.
+        faults.await_(
+            lambda: faults.rig.virsh("beta", "domstate", domain, "--reason").split()[0] == "running",
+            f"{domain} runs again",
+            timeout=10,
+        )
     finally:
         faults.call("beta", "test.stop", 120, id=test["id"])
     faults.await_live()
