@@ -8,7 +8,7 @@
 # run left them. What the command leaves running or lying about is told at the end.
 #
 #   --suite NAME     of Debian, for a new root (bookworm)
-#   --mirror URL     for a new root
+#   --mirror URL     for a new root; debootstrap's own without it
 #   --user NAME      run the command as this user, made when absent, to whom PLACE belongs
 #   --offline        no network but loopback
 #   --bind PATH      show this path of the machine in the root, read-only: certificates or settings for a proxy
@@ -16,7 +16,7 @@
 # Exit codes: the command's, or 42 when the root could not be made.
 set -euo pipefail
 
-suite=bookworm mirror=http://deb.debian.org/debian user=root offline='' binds=()
+suite=bookworm mirror='' user=root offline='' binds=()
 while [[ ${1:-} = --* ]]; do
     case $1 in
         --suite) suite=$2 && shift 2 ;;
@@ -34,7 +34,7 @@ shift 2
 make_root() {
     echo "fresh_root: debootstrap $suite in $root"
     mkdir -p "$root"
-    debootstrap --variant=minbase --include=git,make,ca-certificates "$suite" "$root" "$mirror" >"$root.log" ||
+    debootstrap --variant=minbase --include=git,make,ca-certificates "$suite" "$root" ${mirror:+"$mirror"} >"$root.log" ||
         { tail -n 5 "$root.log" && exit 42; }
     rm -f "$root.log"
     printf '127.0.0.1 localhost\n' >"$root/etc/hosts"
