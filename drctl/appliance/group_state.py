@@ -50,9 +50,7 @@ class GroupState(msgspec.Struct, frozen=True):
     reason: str = ""
     generation: int = 1
     epoch: str = ""
-    definition_version: int = 0
     next_number: int = 0
-    last_mark: int = 0
     disks: tuple[DiskState, ...] = ()
     #: Machines that were migrated away: off here, and alive where we can't see their writes.
     moved: tuple[str, ...] = ()

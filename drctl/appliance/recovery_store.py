@@ -30,12 +30,12 @@ class GroupStores:
         return sorted(path.parent.name for path in self._directory.glob("*/group.json"))
 
     def checkpoints(self, group: str) -> Sequence[Checkpoint]:
-        with self._open(group) as store:
+        with self.open(group) as store:
             return store.checkpoints()
 
     def recoverable(self, group: str, checkpoint: int) -> Recoverable:
         """Raises PreconditionFailed when no definition came with the checkpoint: then only its disks can be had."""
-        with self._open(group) as store:
+        with self.open(group) as store:
             definition = store.definition(checkpoint)
         if definition is None:
             raise PreconditionFailed(
@@ -45,30 +45,31 @@ class GroupStores:
         return recoverable_from(definition)
 
     def generation(self, group: str) -> int:
-        with self._open(group) as store:
+        with self.open(group) as store:
             return store.info.generation
 
     def reign(self, group: str, generation: int) -> None:
         """The receiver sees it before its next batch. The generation first: between the two the old source, which is
         of a lower one, is refused already."""
-        with self._open(group) as store:
+        with self.open(group) as store:
             store.set_generation(generation)
             store.set_mode(StoreMode.FAILED_OVER)
 
     def pin(self, group: str, pin: str, checkpoint: int, epoch: str) -> None:
-        with self._open(group) as store:
+        with self.open(group) as store:
             store.pin(pin, checkpoint, epoch)
 
     def unpin(self, group: str, pin: str) -> None:
-        with self._open(group) as store:
+        with self.open(group) as store:
             store.unpin(pin)
 
     def allocated(self, group: str, checkpoint: int) -> Mapping[str, int]:
-        with self._open(group) as store, closing(store.open_view(checkpoint)) as view:
+        with self.open(group) as store, closing(store.open_view(checkpoint)) as view:
             return {disk.name: _allocated(view.disk(disk.name)) for disk in view.disks}
 
     @contextmanager
-    def _open(self, group: str) -> Iterator[GroupStore]:
+    def open(self, group: str) -> Iterator[GroupStore]:
+        """The group's store, for reading. Raises NotFound."""
         root = self._directory / group
         if group in ("", ".", "..") or "/" in group or not (root / "group.json").exists():
             raise NotFound("group", group, known=self.groups())

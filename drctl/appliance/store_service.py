@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from drctl.appliance.control import Progress
+from drctl.appliance.recovery_store import GroupStores
 from drctl.appliance.store_expiry import KEEP_SECONDS, StoreExpiry
-from drctl.errors import IntegrityError, NotFound, Refused, WrongPhase
+from drctl.errors import IntegrityError, Refused, WrongPhase
 from drctl.model.checkpoint import Checkpoint
 from drctl.model.extent import MiB
 from drctl.model.group import GroupSpec
@@ -31,12 +32,13 @@ class StoreService:
 
     def __init__(self, directory: Path, expiry: StoreExpiry, recoveries: Callable[[str], list[dict[str, Any]]]) -> None:
         self._directory = directory
+        self._stores = GroupStores(directory)
         self._expiry = expiry
         self._recoveries = recoveries
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        return sorted(path.parent.name for path in self._directory.glob("*/group.json"))
+        return self._stores.groups()
 
     def put(self, spec: GroupSpec) -> bool:
         """Make the group's store, or take a changed retention; True when that changed anything."""
@@ -46,20 +48,20 @@ class StoreService:
                 GroupStore.create(root, spec.name, FIRST_GENERATION, (), spec.retention).close()
                 return True
             self._expiry.forget(spec.name)
-            with self._open(spec.name) as store:
+            with self._stores.open(spec.name) as store:
                 if store.info.retention == spec.retention:
                     return False
                 store.set_retention(spec.retention)
                 return True
 
     def summary(self, name: str) -> dict[str, Any]:
-        with self._open(name) as store:
+        with self._stores.open(name) as store:
             info = store.info
             spec = (store.definition() or {}).get("spec")
         return {"mode": info.mode.value, "generation": info.generation, "spec": spec}
 
     def status(self, name: str) -> dict[str, Any]:
-        with self._open(name) as store:
+        with self._stores.open(name) as store:
             info = store.info
             count, oldest, newest = store.count(), store.oldest(), store.newest()
             ahead = store.forecast(time.time())
@@ -89,12 +91,12 @@ class StoreService:
 
     def checkpoint_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         del progress
-        with self._open(str(params.get("group"))) as store:
+        with self._stores.open(str(params.get("group"))) as store:
             return [asdict(checkpoint) for checkpoint in store.checkpoints(int(params.get("last") or -1))]
 
     def checkpoint_tag(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
-        with self._open(str(params.get("group"))) as store:
+        with self._stores.open(str(params.get("group"))) as store:
             chosen = _resolve(store, params)
             for tag in params.get("tags") or ():
                 store.tag(chosen.number, str(tag))
@@ -104,7 +106,7 @@ class StoreService:
 
     def checkpoint_verify(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Read all of a checkpoint; what is damaged is named, with file and offset."""
-        with self._open(str(params.get("group"))) as store:
+        with self._stores.open(str(params.get("group"))) as store:
             chosen = _resolve(store, params)
             damaged: list[str] = []
             done = 0
@@ -122,28 +124,20 @@ class StoreService:
         """The source replicates no more; keep what is here for a while."""
         del progress
         name = str(params.get("group"))
-        with self._open(name):
+        with self._stores.open(name):
             seconds = float(params.get("keep_replica_seconds") or KEEP_SECONDS)
             return {"group": name, "kept_until": self._expiry.keep(name, seconds, "replication was stopped")}
 
     def remove(self, name: str) -> float:
         """Delete the group's history, after a week. Raises WrongPhase while the group reigns or is tested here."""
-        with self._open(name) as store:
+        with self._stores.open(name) as store:
             if store.info.mode is StoreMode.FAILED_OVER or store.pins():
                 raise WrongPhase(f"{name} is in use at this site", hint=f"see: drctl status {name}", group=name)
         return self._expiry.keep(name, KEEP_SECONDS, "the group was deleted")
 
     def mode(self, name: str) -> StoreMode:
-        with self._open(name) as store:
+        with self._stores.open(name) as store:
             return store.info.mode
-
-    @contextmanager
-    def _open(self, group: str) -> Iterator[GroupStore]:
-        root = self._directory / group
-        if not group or "/" in group or not (root / "group.json").exists():
-            raise NotFound("group", group, known=self.names())
-        with closing(GroupStore.open(root)) as store:
-            yield store
 
 
 def _forecast(ahead: Forecast) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drctl.appliance.process import start_time_of
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -20,14 +22,8 @@ class Process:
     start: int
 
 
-def start_time(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat (clock ticks since boot), or None when there is no such process or it is a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+#: Field 22 of /proc/PID/stat, None for a process that is gone or a zombie.
+start_time = start_time_of
 
 
 def alive(process: Process) -> bool:
