@@ -73,6 +73,7 @@ class Appliance:
         try:
             self._supervise_children()
             self._recovery.supervise()
+            self._source.refuse_superseded()
         except DrctlError as exc:
             log.warning("%s", exc.message)
         except Exception:  # the supervisor's edge: it must outlive any single thing it looks at
@@ -105,7 +106,7 @@ class Appliance:
             "test.list": recovery.test_list,
             "test.stop": recovery.test_stop,
             "failover.plan": recovery.failover_plan,
-            "failover.run": recovery.failover_run,
+            "failover.run": self._failover_run,
             "commit": recovery.commit,
             "shipper.attest": source.attest,
             "shipper.order": source.order,
@@ -131,6 +132,10 @@ class Appliance:
             self._source.remove(name)
             return {"group": name, "removed": True, "kept_until": None}
         return {"group": name, "removed": True, "kept_until": self._stores.remove(name)}
+
+    def _failover_run(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        with self._source.lifted(str(params.get("group"))):
+            return self._recovery.failover_run(params, progress)
 
     def _replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         here = self._source if str(params.get("group")) in self._source.names() else self._stores

@@ -33,6 +33,14 @@ class DiskState(msgspec.Struct, frozen=True):
         return f"{self.machine}.{self.target}"
 
 
+class GuestNote(msgspec.Struct, frozen=True):
+    """A guest as the boot guard knows it. `autostart`: libvirt's flag was on, and is off because we took it over."""
+
+    name: str
+    uuid: str = ""
+    autostart: bool = False
+
+
 class Desired(StrEnum):
     """What the operator asked for; the protection works towards it."""
 
@@ -54,6 +62,8 @@ class GroupState(msgspec.Struct, frozen=True):
     disks: tuple[DiskState, ...] = ()
     #: Machines that were migrated away: off here, and alive where we can't see their writes.
     moved: tuple[str, ...] = ()
+    #: The guests, noted while they are protected: whom to start at the host's boot, and whom to refuse.
+    guests: tuple[GuestNote, ...] = ()
     format: int = FORMAT
 
     def disk(self, number: int) -> DiskState:

@@ -122,5 +122,18 @@ class Passes:
         return self._home.run / "exports" / f"{self._group}-{name}.sock"
 
 
+def pass_wanted(wants: str, disks: Sequence[DiskState], *, dropping: bool) -> tuple[str, list[int]]:
+    """(mode, disks) of the pass that has to run now; mode is "" when none has, or the link does not stand."""
+    every = [disk.number for disk in disks]
+    if wants in ("initial", "full"):
+        return wants, every
+    if wants in ("nothing", "dirty") and (pending := [disk.number for disk in disks if disk.pass_needed]):
+        log.info("disks %s have missed writes", pending)
+        return "full", every
+    if wants == "dirty" and not dropping:
+        return "dirty", every
+    return "", []
+
+
 def _protocol(path: str) -> str:
     return "host_device" if Path(path).is_block_device() else "file"

@@ -11,22 +11,26 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
+from drctl.appliance import guest_notes
+from drctl.appliance.boot_guard import BootGuard
 from drctl.appliance.config import Home
 from drctl.appliance.definition import DefinitionFile
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.image_stamp import RUNNING, Stamp, image_stamp, stamps_of_images, untold
-from drctl.appliance.passes import Passes
+from drctl.appliance.passes import Passes, pass_wanted
 from drctl.appliance.process import Processes
 from drctl.appliance.shipper_link import ShipperLink
+from drctl.appliance.source_host import SourceHost
+from drctl.appliance.strays import Strays
 from drctl.appliance.tappable import check_machines
 from drctl.appliance.tapping import Place, Tapping
 from drctl.appliance.worker import Worker
 from drctl.errors import DrctlError
-from drctl.model.machine import Machine, MachineState
+from drctl.model.machine import Machine
 from drctl.model.phase import Event, Phase, advance
 
 log = logging.getLogger(__name__)
@@ -39,22 +43,6 @@ MACHINES_SECONDS = 2.0
 UNTOLD_SECONDS = 60.0
 #: While all seems well it is asked this often whether marks would be attested: the status must not say so alone.
 ATTEST_SECONDS = 1.0
-
-
-class SourceHost(Protocol):
-    """What protection needs of a hypervisor (LibvirtHypervisor has it)."""
-
-    def machine(self, name: str) -> Machine: ...
-
-    def state(self, name: str) -> MachineState: ...
-
-    def moved_away(self, name: str) -> bool: ...
-
-    def definition(self, name: str) -> str: ...
-
-    def monitor(self, name: str, sent: dict[str, Any]) -> Any: ...
-
-    def source_node(self, name: str, target: str) -> str: ...
 
 
 @dataclass(slots=True)
@@ -83,6 +71,8 @@ class Protection:
         self.worker = Worker(home, group, processes)
         self.tapping = Tapping(host, self.worker)
         self.shipper = ShipperLink(home, self._state, self.worker)
+        self.strays = Strays(host, home.store)
+        self.boot: BootGuard | None = None  # where the host was booted since the group was last looked after
         self._passes = Passes(home, group, host, processes)
         self._definition = DefinitionFile(home, group, host)
         self._seen = _Seen()
@@ -148,7 +138,9 @@ class Protection:
         """The other site reigns: this one may neither run nor replicate the group any more."""
         with self._lock:
             if self._state.phase is not Phase.FAILED_OVER:
+                reason = f"superseded: {self._state.spec.recovery} says: {reason}"
                 self._keep(phase=Phase.FAILED_OVER, reason=reason, desired=Desired.STOPPED)
+                log.error("%s: %s", self._state.spec.name, reason)
         self.wake()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -168,11 +160,16 @@ class Protection:
     def _look(self) -> None:
         if self._state.desired is Desired.PROTECTED:
             self._protect()
-        else:
-            self._withdraw()
+            return
+        if self._state.phase is Phase.FAILED_OVER:
+            self.strays.look(self._state)
+        elif self._state.desired is Desired.STOPPED:
+            self.give_back_autostart()
+        self._withdraw()
 
     def _protect(self) -> None:
         self._look_at_machines()
+        self._take_autostart()
         if not self.worker.adopt_ring(self._state):
             self._begin_epoch()
         if self._definition.refresh(self._state):
@@ -194,6 +191,19 @@ class Protection:
         self._seen.machines = [
             replace(machine, state=self._host.state(machine.name)) for machine in self._seen.machines
         ]
+
+    def _take_autostart(self) -> None:
+        """Whether a guest starts at the host's boot is decided by the boot guard from now on."""
+        with self._lock:
+            if (state := guest_notes.noted(self._state, self._seen.machines)) is not self._state:
+                self._keep(guests=state.guests)
+        self._seen.machines = guest_notes.take(self._host, self._seen.machines)
+
+    def give_back_autostart(self) -> None:
+        """Libvirt starts the guests at the host's boot again. Raises HostUnreachable, HypervisorRefused."""
+        with self._lock:
+            if guest_notes.wanted(self._state):
+                self._keep(guests=guest_notes.give_back(self._host, self._state).guests)
 
     def _begin_epoch(self) -> None:
         """No ring, or not ours: what was in it is lost, so every disk has to be gone over."""
@@ -280,7 +290,7 @@ class Protection:
         if self._passes.running:
             self._follow_pass(active=report.sync_active, done=report.sync_done)
             return
-        mode, numbers = self._pass_wanted(report.wants)
+        mode, numbers = pass_wanted(report.wants, self._state.disks, dropping=self.worker.dropping())
         if mode:
             self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
             exports = self._passes.begin(mode, numbers, self._state, self._seen.machines)
@@ -290,18 +300,6 @@ class Protection:
             self._settle(report.reason or "the other site was not reached yet")
         else:
             self._prove(report.reason)
-
-    def _pass_wanted(self, wants: str) -> tuple[str, list[int]]:
-        """(mode, disks) of the pass that has to run now; mode is "" when none has, or the link does not stand."""
-        every = [disk.number for disk in self._state.disks]
-        if wants in ("initial", "full"):
-            return wants, every
-        if wants in ("nothing", "dirty") and (pending := [d.number for d in self._state.disks if d.pass_needed]):
-            log.info("%s: disks %s have missed writes", self._state.spec.name, pending)
-            return "full", every
-        if wants == "dirty" and not self.worker.dropping():
-            return "dirty", every
-        return "", []
 
     def _follow_pass(self, *, active: bool, done: bool) -> None:
         if active:
@@ -378,7 +376,7 @@ class Protection:
             self._files.save(self._state)
 
     def _say(self, reason: str) -> None:
-        if reason != self._state.reason:
+        if reason != self._state.reason and self._state.phase is not Phase.FAILED_OVER:
             if reason:
                 log.info("%s: %s", self._state.spec.name, reason)
             self._keep(reason=reason)

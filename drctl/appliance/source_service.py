@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
 from drctl.appliance.group_state import Desired, GroupFiles
+from drctl.appliance.guest_notes import wanted
 from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.process import Processes
 from drctl.appliance.protection import Protection
 from drctl.appliance.quiesce import Quiescer
+from drctl.appliance.reign_guard import ReignGuard
 from drctl.appliance.source_status import source_status
 from drctl.errors import AlreadyExists, NotFound, OutOfSpace, Refused, StepFailed, WrongPhase
 from drctl.model.extent import format_bytes
@@ -37,13 +40,24 @@ class SourceService:
         self._protections: dict[str, Protection] = {}
         self._lock = threading.Lock()
         self._quiescer = Quiescer(host)
+        self._reign = ReignGuard(home, host)
 
     def start(self) -> None:
         """Take up all groups where an earlier supervisor left them."""
         for name in self._files.names():
-            self._open(name)
+            self._reign.boot(self._open(name))
+        self.refuse_superseded()
+
+    def refuse_superseded(self) -> None:
+        """Keep what libvirt's hook reads as the groups are. Cheap; call it often."""
+        self._reign.sync([protection.state for protection in list(self._protections.values())])
+
+    def lifted(self, group: str) -> AbstractContextManager[None]:
+        """While a failover brings the group to this host, its guests may be started here."""
+        return self._reign.lifted(group)
 
     def close(self) -> None:
+        self._reign.close()
         for protection in self._protections.values():
             protection.close()
 
@@ -81,6 +95,7 @@ class SourceService:
         self._demand_free(spec)
         self._home.peer(spec.recovery)
         self._files.put(spec)
+        self._reign.marks.set(spec.name)
         self._open(spec.name).changed_spec()
         return True
 
@@ -99,6 +114,8 @@ class SourceService:
         """Forget a group that is not protected. Raises WrongPhase while it is."""
         protection = self._protection({"group": name})
         _demand_unprotected(protection, "it can't be deleted")
+        if protection.state.phase is not Phase.FAILED_OVER:
+            protection.give_back_autostart()
         protection.close()
         with self._lock:
             self._protections.pop(name, None)
@@ -148,7 +165,7 @@ class SourceService:
         protection = self._protection(params)
         protection.want(desired)
         deadline = time.monotonic() + 2 * ATTACH_SECONDS
-        while protection.state.epoch:
+        while protection.state.epoch or (desired is Desired.STOPPED and wanted(protection.state)):
             if time.monotonic() > deadline:
                 raise StepFailed(f"{params['group']} is not detached: {protection.state.reason}")
             progress({"step": "detach", "reason": protection.state.reason})

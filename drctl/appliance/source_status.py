@@ -31,6 +31,8 @@ def source_status(protection: Protection) -> dict[str, Any]:
         "sync": _sync(status, protection.shipper.sync_eta()),
         "machines": _machines(protection),
         "ring": _ring(status),
+        "boot": protection.boot.told() if protection.boot else None,
+        "strays": list(protection.strays.names),
         "processes": {"tap": protection.worker.tap_pid(), "shipper": protection.worker.shipper_pid()},
     }
 

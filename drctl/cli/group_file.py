@@ -10,7 +10,7 @@ from drctl.appliance.toml_file import Table, read_toml
 from drctl.cli.config import MINIMUM_RING, NAME, Config, Defaults, read_interval
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.extent import GiB
-from drctl.model.group import GroupSpec, Retention, Rung
+from drctl.model.group import BootPolicy, GroupSpec, Retention, Rung, StrayPolicy
 
 
 def group_directory(config: Config) -> Path:
@@ -78,6 +78,8 @@ def decode_group(table: Table, config: Config) -> GroupSpec:
         ring_size=table.size("ring_size", config.defaults.ring_size, minimum=MINIMUM_RING),
         networks=table.mapping("networks"),
         test_networks=table.mapping("test_networks"),
+        boot_without_peer=table.choice("boot_without_peer", [*BootPolicy], BootPolicy.WAIT.value),
+        superseded_guest=table.choice("superseded_guest", [*StrayPolicy], StrayPolicy.TELL.value),
     )
     table.finish()
     if not spec.machines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from drctl.model.extent import GiB
 
@@ -28,6 +29,21 @@ class Retention:
     journal_limit: int = 64 * GiB
 
 
+class BootPolicy(StrEnum):
+    """Whether the source starts a group's guests at the host's boot while the other site does not answer."""
+
+    WAIT = "wait"
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+class StrayPolicy(StrEnum):
+    """What the source does about a guest that runs though its group reigns at the other site."""
+
+    TELL = "tell"
+    STOP = "stop"
+
+
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
     """What the operator wrote in `groups/NAME.toml`. Intervals in seconds.
@@ -46,6 +62,8 @@ class GroupSpec:
     ring_size: int = 256 * 1024 * 1024
     networks: tuple[tuple[str, str], ...] = ()
     test_networks: tuple[tuple[str, str], ...] = ()
+    boot_without_peer: str = BootPolicy.WAIT.value
+    superseded_guest: str = StrayPolicy.TELL.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import msgspec
 import uvloop
 
 from drctl.errors import DrctlError, SetupFailed
-from drctl.replication import control, heap
+from drctl.replication import control, heap, reign
 from drctl.replication.group_writer import GroupWriter, open_writer
 from drctl.replication.link import Connection, Listener
 from drctl.replication.maintenance_child import MaintenanceChild
@@ -99,6 +99,9 @@ class Receiver:
         try:
             hello = await hear_hello(connection)
             writer = self._writer(hello.group)
+            if hello.ask:
+                await reign.answer(connection, hello, writer.root, self._config.software)
+                return
         except DrctlError as exc:
             await refuse(connection, exc)
             raise

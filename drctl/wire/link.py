@@ -63,7 +63,7 @@ class JournalSpace(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """First message of the source."""
+    """First message of the source. With `ask` it only wants to know whether the group still reigns at its site."""
 
     group: str
     host: str
@@ -73,6 +73,7 @@ class Hello(msgspec.Struct, frozen=True):
     version: int = VERSION
     software: str = ""
     wall_ns: int = 0
+    ask: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True):

@@ -1,0 +1,72 @@
+"""What a host does about reigns: boots its groups' guests after having asked, and keeps what libvirt's hook reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from drctl.appliance.boot_guard import BootGuard, BootMarks, GuardFiles, GuestHost, refusals
+from drctl.appliance.config import Home
+from drctl.appliance.group_state import GroupState
+from drctl.appliance.protection import Protection
+from drctl.appliance.strays import superseded_here
+from drctl.errors import NotFound
+from drctl.replication.reign import Answer, Question, Reign, ask
+
+
+class ReignGuard:
+    """One of an appliance. `sync` is called by the supervisor and by a failover's thread."""
+
+    def __init__(self, home: Home, host: GuestHost) -> None:
+        self._home = home
+        self._host = host
+        self.marks = BootMarks(home.run / "boots")
+        self._files = GuardFiles(home.path / "guard")
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._lifted: set[str] = set()
+        self._states: Sequence[GroupState] = ()
+        self._said: dict[str, str] | None = None
+
+    def boot(self, protection: Protection) -> None:
+        """Start the group's guests if the host was booted since they were last looked after; in a thread of its own."""
+        name = protection.state.spec.name
+        if self.marks.done(name):
+            return
+        guard = BootGuard(protection, self._host, self.marks, self._ask, self._stopped, time.monotonic)
+        protection.boot = guard
+        threading.Thread(target=guard.run, name=f"boot-{name}", daemon=True).start()
+
+    def _ask(self, state: GroupState) -> Answer:
+        config = self._home.config
+        try:
+            peer = self._home.peer(state.spec.recovery)
+        except NotFound as exc:
+            return Answer(Reign.UNKNOWN, exc.message)
+        question = Question(state.spec.name, config.host, state.generation, config.uuid, peer.link, peer.uuid)
+        return ask(question, self._home.tls)
+
+    def sync(self, states: Sequence[GroupState]) -> None:
+        """Write down which guests may not be started here."""
+        with self._lock:
+            self._states = states
+            here = [s for s in states if s.spec.name not in self._lifted and superseded_here(s, self._home.store)]
+            wanted = refusals(here)
+            if wanted != self._said:
+                self._files.sync(wanted)
+                self._said = wanted
+
+    @contextmanager
+    def lifted(self, group: str) -> Iterator[None]:
+        """Refuse none of the group's guests meanwhile; afterwards what its store says decides."""
+        self._lifted.add(group)
+        self.sync(self._states)
+        try:
+            yield
+        finally:
+            self._lifted.discard(group)
+
+    def close(self) -> None:
+        self._stopped.set()
