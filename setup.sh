@@ -12,7 +12,7 @@ here=$PWD
 
 packages=(qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
           libvirt-dev pkg-config gcc libc6-dev python3-dev python3-venv fio nbdkit libnbd-bin busybox-static
-          syslinux syslinux-common mtools dosfstools e2fsprogs fdisk
+          syslinux syslinux-common mtools dosfstools e2fsprogs fdisk openssh-server
           libglib2.0-0 libnuma1 liburing2 libudev1)
 # Ubuntu 24.04 renamed it with the change to 64-bit time.
 renamed=([0]=libglib2.0-0:libglib2.0-0t64)

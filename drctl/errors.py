@@ -7,9 +7,14 @@
     │   └── AlreadyExists        12
     ├── Locked                   13   another drctl holds it
     ├── Refused                  14   a guard said no (generation, confirmation, unsafe version)
+    │   └── SourceAlive          15   a failover would make a second copy of machines that run
     ├── HostUnreachable          20
     ├── HypervisorRefused        21
     ├── ApplianceUnreachable     22
+    ├── HostKeyRejected          23   SSH: the host's key is unknown, another one, or revoked
+    ├── LoginRefused             24   SSH: the host refused every key that was offered
+    ├── PrivilegeMissing         25   SSH: the login may not become root there
+    ├── HostUnfit                26   the host lacks what an appliance needs (Python, libvirt, QEMU, systemd)
     ├── ProtocolViolation        30   a peer broke the link or NBD protocol
     ├── IntegrityError           31   checksum, signature or format mismatch
     │   └── UnsupportedFormat    31
@@ -114,6 +119,13 @@ class Refused(DrctlError):
     slug = "refused"
 
 
+class SourceAlive(Refused):
+    """The group's source is alive: a failover would make a second copy of machines that run."""
+
+    exit_code = 15
+    slug = "source-alive"
+
+
 class HostUnreachable(DrctlError):
     """A hypervisor host can't be reached or refused the login."""
 
@@ -133,6 +145,34 @@ class ApplianceUnreachable(DrctlError):
 
     exit_code = 22
     slug = "appliance-unreachable"
+
+
+class HostKeyRejected(DrctlError):
+    """A host's SSH key is unknown, revoked, or not the one that known_hosts has for it."""
+
+    exit_code = 23
+    slug = "host-key-rejected"
+
+
+class LoginRefused(DrctlError):
+    """A host refused the SSH login: no key that was offered is accepted there."""
+
+    exit_code = 24
+    slug = "login-refused"
+
+
+class PrivilegeMissing(DrctlError):
+    """The SSH login may not do there what is needed: it is not root, and sudo wants a password or refuses."""
+
+    exit_code = 25
+    slug = "privilege-missing"
+
+
+class HostUnfit(DrctlError):
+    """A host lacks what an appliance needs: Python, libvirt, QEMU, systemd of a version; nothing was changed there."""
+
+    exit_code = 26
+    slug = "host-unfit"
 
 
 class ProtocolViolation(DrctlError):

@@ -144,6 +144,7 @@ def program(
     """Disaster recovery for virtual machines: replicate, checkpoint, recover."""
     if ctx.obj is None:
         ctx.obj = Context(Settings(config, home))
+        ctx.call_on_close(ctx.obj.close)
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:

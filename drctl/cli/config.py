@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from drctl.appliance.toml_file import Table, read_toml
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.extent import GiB, MiB
 from drctl.model.group import Retention
-from drctl.model.site import Host, HostKind, Site
+from drctl.model.site import PREFIX, Host, HostKind, Login, Site
 
 FILE = "drctl.toml"
 #: What names of sites, hosts and groups are made of: they become parts of file names and of unix socket paths,
@@ -71,7 +72,7 @@ def load_config(path: Path) -> Config:
     file = path / FILE if path.is_dir() else path
     top = read_toml(file)
     names = _sites(top)
-    hosts = _hosts(top, names)
+    hosts = _hosts(top, names, file.parent)
     defaults = read_defaults(top.table("defaults"))
     top.finish()
     sites = tuple(Site(name, tuple(host for host in hosts if host.site == name)) for name in names)
@@ -111,17 +112,17 @@ def _sites(top: Table) -> list[str]:
     return names
 
 
-def _hosts(top: Table, sites: list[str]) -> list[Host]:
+def _hosts(top: Table, sites: list[str], directory: Path) -> list[Host]:
     hosts: list[Host] = []
     for table in top.tables("host"):
-        host = _host(table, sites)
+        host = _host(table, sites, directory)
         if any(host.name == other.name for other in hosts):
             raise table.error("name", f"host {host.name!r} is there twice")
         hosts.append(host)
     return hosts
 
 
-def _host(table: Table, sites: list[str]) -> Host:
+def _host(table: Table, sites: list[str], directory: Path) -> Host:
     host = Host(
         name=table.text("name", pattern=NAME, example="alpha1"),
         site=table.choice("site", sites),
@@ -129,12 +130,42 @@ def _host(table: Table, sites: list[str]) -> Host:
         uri=table.text("uri", "qemu:///system"),
         control=table.text("control", "unix:/run/drctl/control.sock"),
         link=table.text("link", "", pattern=r"\S+:\d{1,5}", example="192.0.2.10:7077"),
+        login=_login(table, directory),
+        prefix=table.text("prefix", PREFIX, pattern=r"/\S+", example=PREFIX),
     )
     table.finish()
     if not host.control.startswith("unix:/"):
-        hint = 'write control = "unix:/run/drctl/control.sock"; control over ssh is not supported by this version'
+        hint = 'write control = "unix:/run/drctl/control.sock"; over SSH it is a path there, with ssh = "root@HOST"'
         raise table.error("control", f"{host.control!r} is not unix:PATH with an absolute path", hint=hint)
     return host
+
+
+#: [USER@]HOST[:PORT]; an IPv6 address stands in brackets.
+_SSH = re.compile(
+    r"(?:(?P<user>[^@\s:]+)@)?(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^@\s:\[\]]+))(?::(?P<port>\d{1,5}))?"
+)
+
+
+def _login(table: Table, directory: Path) -> Login | None:
+    """The keys `ssh`, `ssh_identity` and `ssh_known_hosts` of a host. Raises ConfigInvalid."""
+    text = table.text("ssh", "")
+    identity, known = (_file(table.text(key, ""), directory) for key in ("ssh_identity", "ssh_known_hosts"))
+    if not text:
+        if identity or known:
+            raise table.error("ssh", "is missing", hint='write ssh = "root@alpha1.example"')
+        return None
+    found = _SSH.fullmatch(text)
+    port = int(found["port"] or 22) if found else 0
+    if found is None or not 0 < port < 65536:
+        raise table.error(
+            "ssh", f"{text!r} is not [USER@]HOST[:PORT]", hint='write e.g. ssh = "root@alpha1.example:22"'
+        )
+    return Login(found["six"] or found["host"], found["user"] or "", port, identity, known)
+
+
+def _file(text: str, directory: Path) -> str:
+    """A file named in drctl.toml: `~` is the operator's home, a relative path begins beside drctl.toml."""
+    return str(directory / Path(text).expanduser()) if text else ""
 
 
 def nothing_found(places: list[Path], home: Path) -> ConfigInvalid:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from drctl.cli.config import Config, config_candidates, load_config, nothing_found
 from drctl.cli.render import Screen
 from drctl.errors import ConfigInvalid, Refused
-from drctl.model.site import Host, HostKind, Site
+from drctl.model.site import Host, HostKind, Login, Site
+
+if TYPE_CHECKING:  # paramiko takes long to import; whoever has no remote host must not pay for it
+    from drctl.appliance.remote_socket import RemoteSocket
+    from drctl.hypervisor.shell import Shell
 
 HOME = Path("/var/lib/drctl")
 SCHEMA_VERSION = 1
@@ -105,6 +109,7 @@ class Context:
         self.clock = clock or WallClock()
         self._given = config
         self._clients: dict[str, ClientLike] = dict(clients or {})
+        self._shells: dict[Login, Shell] = {}
 
     @cached_property
     def config(self) -> Config:
@@ -124,8 +129,27 @@ class Context:
         if host.name not in self._clients:
             from drctl.appliance.client import Client
 
-            self._clients[host.name] = Client(host.control)
+            self._clients[host.name] = Client(self._remote(host) if host.login else host.control)
         return self._clients[host.name]
+
+    def shell(self, host: Host) -> Shell:
+        """The host by SSH; nothing is connected yet. One connection per login is kept. Raises ConfigInvalid."""
+        from drctl.hypervisor.shell import Shell
+
+        if host.login is None:
+            file, hint = str(self.config.directory), f'write ssh = "root@ADDRESS" below [[host]] name = "{host.name}"'
+            raise ConfigInvalid(file, 0, "ssh", f"host {host.name!r} has no ssh", hint=hint)
+        return self._shells.setdefault(host.login, Shell(host.login))
+
+    def close(self) -> None:
+        """End the connections that were kept."""
+        for shell in self._shells.values():
+            shell.close()
+
+    def _remote(self, host: Host) -> RemoteSocket:
+        from drctl.appliance.remote_socket import RemoteSocket
+
+        return RemoteSocket(self.shell(host), host.control.removeprefix("unix:"), host.prefix)
 
     def call(
         self,

@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from drctl.cli.context import Context
-from drctl.errors import ApplianceUnreachable, DrctlError, NotFound
+from drctl.errors import (
+    ApplianceUnreachable,
+    DrctlError,
+    HostKeyRejected,
+    HostUnreachable,
+    LoginRefused,
+    NotFound,
+    PrivilegeMissing,
+)
 from drctl.model.site import Host
 
 #: A status is wanted within 3 s, also when one appliance hangs.
 READ_TIMEOUT = 2.5
 #: Calls at a time: as many as sixty appliances need to be asked in one go.
 WORKERS = 64
+
+#: Errors of the way to an appliance; each has an exit code of its own.
+_UNHEARD: tuple[type[DrctlError], ...] = (HostUnreachable, HostKeyRejected, LoginRefused, PrivilegeMissing)
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -105,7 +116,7 @@ def side(context: Context, group: str, role: str, inventory: Inventory | None = 
         return place.host
     if inventory.silent:
         names = ", ".join(answer.host.name for answer in inventory.silent)
-        raise ApplianceUnreachable(
+        raise _silence(inventory.silent)(
             f"the {role} side of group {group!r} was not found; no answer from {names}",
             hint=f"{_reason(inventory.silent)}; see: drctl doctor",
             group=group,
@@ -120,6 +131,13 @@ def side(context: Context, group: str, role: str, inventory: Inventory | None = 
     raise NotFound(
         "group", group, known=inventory.groups, hint="" if inventory.groups else "drctl apply sends groups out"
     )
+
+
+def _silence(silent: Sequence[Answer]) -> type[DrctlError]:
+    """What kept them silent, when it was the same with all; else that they can't be reached."""
+    kinds = {type(answer.error) for answer in silent}
+    kind = kinds.pop() if len(kinds) == 1 else ApplianceUnreachable
+    return kind if kind in _UNHEARD else ApplianceUnreachable
 
 
 def _reason(silent: Sequence[Answer]) -> str:

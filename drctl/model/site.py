@@ -11,11 +11,33 @@ class HostKind(StrEnum):
     ESX = "esx"
 
 
+#: Where an appliance's program is installed.
+PREFIX = "/opt/drctl"
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """How a host is reached by SSH. An empty `user` is whoever gives the command; without `identity` the agent's and
+    the usual keys are offered; without `known_hosts` the user's and the system's files are read."""
+
+    host: str
+    user: str = ""
+    port: int = 22
+    identity: str = ""
+    known_hosts: str = ""
+
+    def __str__(self) -> str:
+        at = f"{self.user}@" if self.user else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{at}{host}" + (f":{self.port}" if self.port != 22 else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A hypervisor. `control` is the appliance's control address: `unix:PATH` or `ssh:USER@HOST`.
+    """A hypervisor. `control` is the appliance's control address, `unix:PATH` on the machine that `login` reaches
+    (None: on this one).
 
-    `link` is where the appliance of this host listens for streams, `ADDRESS:PORT`."""
+    `link` is where the appliance of this host listens for streams, `ADDRESS:PORT`; `prefix` where its program lies."""
 
     name: str
     site: str
@@ -23,6 +45,8 @@ class Host:
     uri: str
     control: str
     link: str
+    login: Login | None = None
+    prefix: str = PREFIX
 
 
 @dataclass(frozen=True, slots=True)
