@@ -141,13 +141,13 @@ class Table:
             raise self.error(key, f"{format_bytes(value)} is too small", hint=f"at least {format_bytes(minimum)}")
         return value
 
-    def strings(self, key: str, default: Any = REQUIRED) -> tuple[str, ...]:
-        """An array of strings, none twice."""
+    def strings(self, key: str, default: Any = REQUIRED, *, unique: bool = True) -> tuple[str, ...]:
+        """An array of strings, none twice unless they need not be `unique`."""
         values = self._typed(key, list, default)
         for value in values:
             if not isinstance(value, str):
                 raise self.error(key, f"holds {_kind(value)}", hint='write an array of strings, e.g. ["db", "web"]')
-        if twice := [value for value in values if values.count(value) > 1]:
+        if twice := [value for value in values if unique and values.count(value) > 1]:
             raise self.error(key, f"names {twice[0]!r} twice")
         return tuple(values)
 

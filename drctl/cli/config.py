@@ -132,6 +132,8 @@ def _host(table: Table, sites: list[str], directory: Path) -> Host:
         link=table.text("link", "", pattern=r"\S+:\d{1,5}", example="192.0.2.10:7077"),
         login=_login(table, directory),
         prefix=table.text("prefix", PREFIX, pattern=r"/\S+", example=PREFIX),
+        fence=table.strings("fence", (), unique=False),
+        fence_timeout=table.duration("fence_timeout", 60.0, minimum=1, maximum=600),
     )
     table.finish()
     if not host.control.startswith("unix:/"):

@@ -24,6 +24,7 @@ from drctl.cli.diagnosis import (
     info,
     warning,
 )
+from drctl.cli.fencing import unusable
 from drctl.cli.group_file import read_groups
 from drctl.cli.inventory import ask, in_parallel, take_inventory
 from drctl.cli.options import Format, Output, begin, examples, noun
@@ -73,8 +74,18 @@ def _host(context: Context, host: Host) -> tuple[list[Finding], bool]:
     answer = ask(context, host, "appliance.info")
     after = context.clock.time()
     if answer.error:
-        return [error(host.name, f"its appliance does not answer: {answer.error.message}", answer.error.hint)], False
-    return examine_host(host.name, answer.result, __version__, (before + after) / 2, (after - before) / 2), True
+        found = [error(host.name, f"its appliance does not answer: {answer.error.message}", answer.error.hint)]
+        return [*found, *_fence(host)], False
+    found = examine_host(host.name, answer.result, __version__, (before + after) / 2, (after - before) / 2)
+    return [*found, *_fence(host)], True
+
+
+def _fence(host: Host) -> list[Finding]:
+    if problem := unusable(host.fence):
+        return [
+            error(f"{host.name}: fence", problem, "a failover could not fence this host: install it, or mend fence")
+        ]
+    return []
 
 
 def _files(context: Context) -> list[Finding]:

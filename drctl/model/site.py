@@ -37,7 +37,8 @@ class Host:
     """A hypervisor. `control` is the appliance's control address, `unix:PATH` on the machine that `login` reaches
     (None: on this one).
 
-    `link` is where the appliance of this host listens for streams, `ADDRESS:PORT`; `prefix` where its program lies."""
+    `link` is where the appliance of this host listens for streams, `ADDRESS:PORT`; `prefix` where its program lies;
+    `fence` is a command that makes sure that it can't run guests, `fence_timeout` its limit in seconds."""
 
     name: str
     site: str
@@ -47,6 +48,8 @@ class Host:
     link: str
     login: Login | None = None
     prefix: str = PREFIX
+    fence: tuple[str, ...] = ()
+    fence_timeout: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
