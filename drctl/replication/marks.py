@@ -82,6 +82,10 @@ class Marks:
         self.pending.append(mark)
         return mark
 
+    def oldest_age(self, now: float) -> float:
+        """Seconds since the oldest pending mark was planned, `now` on its monotonic clock; 0 when there is none."""
+        return max(0.0, now - self.pending[0].monotonic_ns / 1e9) if self.pending else 0.0
+
     def next_to_send(self) -> Mark | None:
         """The oldest mark whose MARK frame is not in the stream yet."""
         return next((mark for mark in self.pending if not mark.sent), None)

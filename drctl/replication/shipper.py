@@ -27,8 +27,9 @@ from drctl.errors import (
 from drctl.replication import control, heap, link
 from drctl.replication.framing import Stamp
 from drctl.replication.marks import Mark
+from drctl.replication.priority import Priority
 from drctl.replication.progress import Progress
-from drctl.replication.reader import Export, Pace, Reader
+from drctl.replication.reader import Export, Pace, Peer, Reader
 from drctl.replication.ring_port import LONGEST_WAIT, RingPort
 from drctl.replication.shipper_config import ShipperConfig, load_config
 from drctl.replication.shipper_marks import MarkCutter, Witness
@@ -60,7 +61,8 @@ class Shipper:
         self.state = ShipperState(config, ring, progress, definition, Stamp(ring.generation, ring.epoch))
         self._cutter = MarkCutter(self.state)
         self._witness = Witness(self.state)
-        reader = Reader(ring, self.state.moved, self.state.wake.set, Pace(config.read_limit))
+        peer = Peer(self.state.exchange, lambda: progress.cursor)
+        reader = Reader(ring, peer, self.state.moved, self.state.wake.set, Pace(config.read_limit))
         self._pace = reader.pace
         self._sync = SyncJob(self.state, reader)
         self._workers = ThreadPoolExecutor(WORKERS, "framing")
@@ -86,10 +88,14 @@ class Shipper:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def _beat(self) -> None:
-        rest = heap.Rest()
+        rest, priority = heap.Rest(), Priority()
+        due = time.monotonic()
         while True:
             self.state.ring.beat()
-            rest.look(self.state.link.sent_bytes, time.monotonic())
+            now = time.monotonic()
+            rest.look(self.state.link.sent_bytes, now)
+            priority.look(now, self.state.ring.fill(), self.state.progress.marks.oldest_age(now), now - due)
+            due = now + LONGEST_WAIT
             if self.state.definition.refresh():
                 self._definition_changed()
             await asyncio.sleep(LONGEST_WAIT)

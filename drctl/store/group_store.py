@@ -129,6 +129,11 @@ class GroupStore(StoreReader):
         """Bytes that were cut from the newest segment at opening: written, never acknowledged."""
         return self.journal.torn_bytes
 
+    @property
+    def in_first_sync(self) -> bool:
+        """Nothing is recoverable yet: what is appended goes to the bases."""
+        return self._current_info().mode is StoreMode.INITIAL
+
     def _stamp(self) -> tuple[int, int]:
         stat = (self.root / "group.json").stat()
         return stat.st_ino, stat.st_mtime_ns
@@ -295,7 +300,7 @@ class GroupStore(StoreReader):
         """Make all appended frames durable; what is returned may be acknowledged. Raises OutOfSpace, IntegrityError."""
         if self._stream is None:
             raise WrongPhase("no stream was begun")
-        if self._current_info().mode is StoreMode.INITIAL:
+        if self.in_first_sync:
             self._sync_initial()
             state = self._initial
         else:
