@@ -125,8 +125,13 @@ def examine_group(picture: Mapping[str, Any]) -> list[Finding]:
     """Findings about one group from its picture (protection.merge)."""
     group, phase = str(picture["group"]), picture["phase"]
     see = f"see: drctl status {group}"
-    if picture["recovery_mode"] == "failed-over":
+    if picture["recovery_mode"] == "failed-over" or (phase == "failed-over" and picture["recovery_mode"] is None):
         return _failed_over(picture)
+    return [*_boot(picture), *_examine_protected(picture, see)]
+
+
+def _examine_protected(picture: Mapping[str, Any], see: str) -> list[Finding]:
+    group, phase = str(picture["group"]), picture["phase"]
     if phase is None:
         place = "/".join(str(value) for value in (picture["source"] or {}).values()) or "its source"
         hint = f"if that site is lost: drctl failover {group} --dry-run"
@@ -150,12 +155,38 @@ def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
             "power it off there: whatever it writes is lost",
         )
         for machine in picture["machines"]
-        if machine.get("state") == "running"
+        if _runs_at_source(machine, picture.get("strays"))
     ]
     if any(one.get("state") == "committed" for one in picture["recoveries"]):
         hint = "a way back is not in this version: protect it by other means, or as a new group from its new site"
         return [*found, warning(group, "is failed over and committed; nothing protects it at its new site", hint)]
     return [*found, info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
+
+
+def _runs_at_source(machine: Mapping[str, Any], strays: Sequence[str] | None) -> bool:
+    """A superseded source looks for strays; an older one tells the state that it saw last."""
+    return machine["name"] in strays if strays is not None else machine.get("state") == "running"
+
+
+def _boot(picture: Mapping[str, Any]) -> list[Finding]:
+    """Guests that the host's boot should have brought up."""
+    boot = picture.get("boot") or {}
+    group, reason = str(picture["group"]), str(boot.get("reason") or "")
+    guests = ", ".join(boot.get("autostart") or ())
+    match boot.get("state"):
+        case "waiting":
+            hint = f"is the other site up? if its link is lost for long: virsh start; or boot_without_peer of {group}"
+            return [error(group, f"{guests} wait to be started since the host's boot: {reason}", hint)]
+        case "denied":
+            return [
+                error(group, f"{guests} were not started at the host's boot: {reason}", "start them by hand: virsh")
+            ]
+        case "allowed":
+            text = f"{guests} were started at the host's boot without the other site's word: {reason}"
+            return [warning(group, text, "make sure that they don't run there too")]
+        case "started" if reason:
+            return [error(group, f"not all guests could be started at the host's boot: {reason}", "see: virsh start")]
+    return []
 
 
 def _recovery_point(picture: Mapping[str, Any], see: str) -> list[Finding]:

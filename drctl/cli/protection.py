@@ -34,6 +34,8 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "sync": _get(source, "sync"),
         "ring": _part(source, "ring", ("size", "used")),
         "machines": _get(source, "machines") or [],
+        "boot": _part(source, "boot", ("state", "reason", "autostart")),
+        "strays": _get(source, "strays"),
         "recovery_mode": _get(recovery, "mode"),
         "recoveries": _get(recovery, "recoveries") or [],
         "told_source": _told_source(recovery),

@@ -139,6 +139,7 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         ("group", picture["group"]),
         ("state", _state(picture)),
         ("reason", picture["reason"] or "-"),
+        *_boot(picture),
         ("generation", render.word(picture["generation"])),
         ("from", _place(picture["source"])),
         ("to", _place(picture["recovery"])),
@@ -152,6 +153,17 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         ("backlog", _told_by_source(picture, render.size(picture["backlog_bytes"]))),
         ("link", _told_by_source(picture, _link(link))),
     ]
+
+
+def _boot(picture: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is special at the source: guests not started at the host's boot, guests that run and may not."""
+    boot, lines = picture.get("boot") or {}, []
+    if boot.get("state") not in (None, "none"):
+        guests = render.word(boot.get("autostart"))
+        lines.append(("boot", f"guests {guests}: {boot['state']}" + (f": {boot['reason']}" if boot["reason"] else "")))
+    if picture.get("strays"):
+        lines.append(("TWO OF ONE", f"{render.word(picture['strays'])} run at the superseded source: power them off"))
+    return lines
 
 
 def _details(context: Context, picture: dict[str, Any]) -> None:

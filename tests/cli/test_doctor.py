@@ -163,6 +163,37 @@ def test_a_machine_that_runs_at_both_sites_is_an_error() -> None:
     assert found[0].message == "runs at alpha/a1, though web reigns at the other site: two of one"
 
 
+def test_strays_count_where_the_source_looks_for_them() -> None:
+    machines = [{"name": "db", "state": "running"}, {"name": "front", "state": "shut-off"}]
+    seen = picture(recovery_mode="failed-over", phase="failed-over", machines=machines, strays=["front"])
+    assert [one.subject for one in examine_group(seen)] == ["web.front", "web"]
+    alone = picture(recovery_mode=None, phase="failed-over", machines=machines, strays=["db"])
+    assert [one.subject for one in examine_group(alone)] == ["web.db", "web"]
+
+
+@pytest.mark.parametrize(
+    ("boot", "severity", "words"),
+    [
+        (
+            {"state": "waiting", "reason": "no link"},
+            Severity.ERROR,
+            "db wait to be started since the host's boot: no link",
+        ),
+        ({"state": "denied", "reason": "no link"}, Severity.ERROR, "db were not started at the host's boot"),
+        ({"state": "allowed", "reason": "no link"}, Severity.WARNING, "without the other site's word"),
+        ({"state": "started", "reason": "db: no memory"}, Severity.ERROR, "not all guests could be started"),
+    ],
+)
+def test_what_became_of_the_hosts_boot(boot, severity, words) -> None:
+    (found,) = examine_group(picture(boot=boot | {"autostart": ["db"]}))
+    assert found.severity is severity
+    assert words in found.message
+
+
+def test_a_boot_that_went_well_is_no_finding() -> None:
+    assert examine_group(picture(boot={"state": "started", "reason": "", "autostart": ["db"]})) == []
+
+
 def test_a_committed_group_is_not_protected() -> None:
     done = picture(recovery_mode="failed-over", recoveries=[{"state": "committed"}], source=None)
     assert [(one.severity, one.message) for one in examine_group(done)] == [
