@@ -63,6 +63,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "versions": {"hypervisor": version, "python": platform.python_version()},
         "capabilities": {"labels": labels()},
         "space": space,
+        "certificate": _certificate(home),
         "findings": findings,
     }
 
@@ -96,6 +97,15 @@ def _permission_findings(home: Home) -> list[dict[str, str]]:
     if not os.access(key, os.R_OK):
         found.append(_finding("error", str(key), "is not there or can't be read", "enroll the appliance anew"))
     return found
+
+
+def _certificate(home: Home) -> dict[str, float] | None:
+    """Begin and end of our certificate, in seconds since the epoch; None when it can't be read."""
+    try:
+        begin, end = certificate_expiry(home.tls)
+    except (OSError, ValueError):
+        return None
+    return {"not_before": begin.timestamp(), "not_after": end.timestamp()}
 
 
 def _certificate_findings(home: Home) -> list[dict[str, str]]:

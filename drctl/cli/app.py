@@ -43,6 +43,7 @@ COMMANDS = {
     "doctor": Entry("doctor", "Look for what would stand in the way of a recovery."),
     "status": Entry("status", "Show how every group is protected, and what could be recovered now."),
     "history": Entry("history", "Show what was changed, when and by whom."),
+    "check": Entry("check", "Check one thing for a monitoring system."),
     "explain": Entry("explain", "Explain an exit code or an error's name."),
     "site": Entry("site", "Sites of the configuration."),
     "host": Entry("host", "Hypervisor hosts."),
@@ -175,6 +176,8 @@ def wants_json(arguments: Sequence[str]) -> bool:
 
 def run(arguments: Sequence[str], context: Context | None = None) -> int:
     """Run one command line and return its exit code. Errors are told on stderr, once."""
+    if next((word for word in arrange(arguments) if word in COMMANDS), "") == "check":
+        return _run_check(arguments, context)
     as_json = wants_json(arguments)
     screen = context.screen if context else Screen()
     try:
@@ -193,6 +196,33 @@ def run(arguments: Sequence[str], context: Context | None = None) -> int:
     except Exception as exc:  # the edge: whatever was not foreseen is told once and logged
         return _unexpected(exc, screen, debug="--debug" in arguments, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _run_check(arguments: Sequence[str], context: Context | None) -> int:
+    """A monitoring plugin: whatever keeps it from looking is one line on stdout, and 3, which means UNKNOWN."""
+    screen = context.screen if context else Screen()
+    try:
+        command = lighten(typer.main.get_command(app))
+        code = command.main(arrange(arguments), prog_name="drctl", standalone_mode=False, obj=context)
+    except DrctlError as exc:
+        reason = f"{exc.message} ({exc.hint})" if exc.hint else exc.message
+    except USAGE_ERROR as exc:
+        reason = _usage_text(exc)
+    except (typer.Abort, KeyboardInterrupt):
+        reason = "interrupted"
+    except SystemExit as exc:
+        return _left(exc)
+    except Exception as exc:  # the edge: a bug is UNKNOWN too, and logged
+        _log(traceback.format_exc())
+        reason = f"unexpected {type(exc).__name__}: {exc}"
+    else:
+        return code if isinstance(code, int) else 0
+    screen.line(f"DRCTL UNKNOWN: {' '.join(reason.split()).replace('|', '/')}")
+    return 3
+
+
+def _usage_text(error: Any) -> str:
+    return str(error.format_message())
 
 
 def _left(end: SystemExit) -> int:
