@@ -19,6 +19,7 @@ from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.group_state import spec_from
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
+from drctl.appliance.lease import Leases
 from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
@@ -50,7 +51,7 @@ class Appliance:
         self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
         self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
-        self._control = ControlServer(home.control, History(home.path / "history.jsonl").watch(self._handlers()))
+        self._control = ControlServer(home.control, History(home.path / "history.jsonl").watch(Leases(home.store).watch(self._handlers())))
 
     def serve(self) -> None:
         self._supervise_children()

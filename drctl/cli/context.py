@@ -107,6 +107,8 @@ class Context:
         self.settings = settings or Settings()
         self.screen = screen or Screen()
         self.clock = clock or WallClock()
+        #: The token of the lease that this run holds (leased.py); every call carries it.
+        self.lease = ""
         self._given = config
         self._clients: dict[str, ClientLike] = dict(clients or {})
         self._shells: dict[Login, Shell] = {}
@@ -161,8 +163,9 @@ class Context:
         **params: Any,
     ) -> Any:
         """One method of the host's appliance. Raises DrctlError. `by` says for the history who gave the command."""
+        lease = {"lease": self.lease} if self.lease else {}
         return self.client(host).call(
-            method, {**params, "by": self.settings.operator}, on_progress=on_progress, timeout=timeout
+            method, {**params, **lease, "by": self.settings.operator}, on_progress=on_progress, timeout=timeout
         )
 
     def header(self) -> None:

@@ -11,6 +11,7 @@ from drctl.cli import render
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import Inventory, side, take_inventory
+from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, GroupName, Timeout, Yes, begin, examples, noun, seconds
 from drctl.cli.protection import describe
 from drctl.cli.status import draw, look
@@ -52,7 +53,8 @@ def start(
     steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture, inventory)]
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Start replication of {group}?"):
         return 0
-    context.call(host, "replicate.start", group=group, timeout=CALL_TIMEOUT)
+    with leased(context, group, "replicate start", inventory):
+        context.call(host, "replicate.start", group=group, timeout=CALL_TIMEOUT)
     return _finish(context, picture, wait, timeout)
 
 
@@ -62,13 +64,14 @@ def pause(ctx: typer.Context, group: GroupName, dry_run: DryRun = False, yes: Ye
 
     Until it is resumed no new checkpoint is made, and the RPO grows."""
     context = begin(ctx)
-    _, host, picture = _look(context, group)
+    inventory, host, picture = _look(context, group)
     if picture["phase"] == "paused":
         context.screen.line(f"{group} is paused already")
         return
     steps = [f"detach from all disks of {group}; its RPO grows until: drctl replicate resume {group}"]
     if propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Pause replication of {group}?"):
-        _tell(context, group, context.call(host, "replicate.pause", group=group, timeout=CALL_TIMEOUT))
+        with leased(context, group, "replicate pause", inventory):
+            _tell(context, group, context.call(host, "replicate.pause", group=group, timeout=CALL_TIMEOUT))
 
 
 @app.command(epilog=examples("drctl replicate resume web", "drctl replicate resume web --wait"))
@@ -82,14 +85,15 @@ def resume(
 ) -> int:
     """Attach again after a pause or a fault, and catch up."""
     context = begin(ctx)
-    _, host, picture = _look(context, group)
+    inventory, host, picture = _look(context, group)
     if picture["phase"] in ACTIVE:
         return _already(context, picture, wait, timeout)
     if picture["phase"] == "unprotected":
         raise WrongPhase(f"{group} was not started", hint=f"drctl replicate start {group}", group=group)
     if not propose(context.screen, [f"attach to all disks of {group} and catch up"], dry_run=dry_run, yes=yes):
         return 0
-    context.call(host, "replicate.resume", group=group, timeout=CALL_TIMEOUT)
+    with leased(context, group, "replicate resume", inventory):
+        context.call(host, "replicate.resume", group=group, timeout=CALL_TIMEOUT)
     return _finish(context, picture, wait, timeout)
 
 
@@ -123,6 +127,11 @@ def stop(
     ]
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Stop replication of {group}?"):
         return 0
+    with leased(context, group, "replicate stop", inventory):
+        return _stop(context, group, source, recovery, kept)
+
+
+def _stop(context: Context, group: str, source: Host, recovery: Host, kept: float) -> int:
     _tell(context, group, context.call(source, "replicate.stop", group=group, timeout=CALL_TIMEOUT))
     try:
         result = context.call(recovery, "replicate.stop", group=group, keep_replica_seconds=kept, timeout=CALL_TIMEOUT)

@@ -196,6 +196,12 @@ class FakeAppliance:
             "recoveries": self.failovers,
         }
 
+    def _lease_take(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"group": params["group"], "holder": params["holder"], "token": "t"}
+
+    def _lease_release(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"group": params["group"], "released": True}
+
     def _replicate_start(self, params: dict[str, Any]) -> dict[str, Any]:
         self.phases[params["group"]] = "live"
         return {"group": params["group"], "phase": "syncing"}

@@ -177,3 +177,32 @@ def test_start_names_the_machines_when_the_source_has_not_looked_yet(web) -> Non
     assert (
         "will read all disks of db\nwill read all disks of front" in web("replicate", "start", "web", typed="n\n").err
     )
+
+
+def test_a_command_holds_a_lease_and_gives_it_back(world) -> None:
+    world.applied("live")
+    assert world("replicate", "pause", "web", "--yes").code == 0
+    (taken,) = world.beta.called("lease.take")
+    assert taken["verb"] == "replicate pause"
+    assert world.alpha.called("replicate.pause")[0]["lease"] == "t"
+    assert world.beta.called("lease.release")[0]["token"] == "t"
+
+
+def test_somebody_elses_lease_is_named_and_nothing_is_done(world) -> None:
+    from drctl.errors import Locked
+
+    world.applied("live")
+    world.beta.replies["lease.take"] = Locked("web is being worked on: ann@desk, switchover, its lease ends in 20.0 s")
+    result = world("replicate", "stop", "web", "--yes")
+    assert result.code == 13
+    assert "ann@desk" in result.err
+    assert world.alpha.called("replicate.stop") == []
+
+
+def test_a_pause_needs_no_lease_of_a_site_that_is_silent(world) -> None:
+    world.applied("live")
+    world.beta.down = True
+    result = world("replicate", "pause", "web", "--yes")
+    assert result.code == 0
+    assert "no lease on web" in result.err
+    assert world.alpha.called("replicate.pause")
