@@ -157,6 +157,32 @@ def frames_of_blocks(
     return frames
 
 
+def frames_of_pieces(
+    stamp: Stamp, position: int, disk: int, pieces: Sequence[tuple[int, Buffer]], level: int | None = LEVEL
+) -> list[Parts]:
+    """SYNC frames for scattered pieces of a disk, (offset, data), as many to a frame as fit."""
+    frames: list[Parts] = []
+    table: list[bytes] = []
+    payload: list[Buffer] = []
+    span, filled = stamp.span(position, position), 0
+    for offset, data in pieces:
+        whole = memoryview(data)
+        for begin, end, is_zero in _runs(whole):
+            size = 0 if is_zero else end - begin
+            if filled + size > FRAME_PAYLOAD or len(table) >= MAX_FRAME_EXTENTS:
+                frames.append(_data(FrameKind.SYNC, span, b"".join(table), b"".join(payload), level))
+                table, payload, filled = [], [], 0
+            kind, place = (EXTENT_ZERO, 0) if is_zero else (EXTENT_WRITE, filled)
+            sectors = (end - begin) // SECTOR
+            table.append(frame.EXTENT_LAYOUT.pack((offset + begin) // SECTOR, sectors, disk, kind, 0, place, 0))
+            if not is_zero:
+                payload.append(whole[begin:end])
+                filled += size
+    if table:
+        frames.append(_data(FrameKind.SYNC, span, b"".join(table), b"".join(payload), level))
+    return frames
+
+
 def _blocks(disk: int, offset: int, piece: memoryview) -> tuple[bytes, Buffer]:
     """Extent table and payload of a piece of a disk."""
     table: list[bytes] = []

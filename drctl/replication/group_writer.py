@@ -14,14 +14,20 @@ from typing import TypeVar
 import msgspec
 
 from drctl.errors import DrctlError, NotFound, Refused
+from drctl.replication.signer import Signer
 from drctl.store.group_info import GroupInfo, StoreMode, read_info
 from drctl.store.group_store import Durable, GroupStore, StreamPosition
+from drctl.store.signatures import group_key
 from drctl.wire import frame
 from drctl.wire.frame import FrameHeader, FrameKind
 from drctl.wire.link import Ack, JournalSpace, Position, SyncPlace, Welcome
+from drctl.wire.signature import Compare, Digests, PartMasks, Signatures
 
 #: The oldest checkpoint is looked up this often; every acknowledgement carries what was found.
 OLDEST_EVERY = 10.0
+#: During the first sync nothing can be recovered yet, so that its batches may share an fsync, this many seconds long.
+#: What waits is still in the source's ring, and read again from there if this process ends.
+SHARED_FSYNC = 0.5
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -44,10 +50,12 @@ class GroupWriter:
         self._software = software
         self._executor = ThreadPoolExecutor(1, f"store-{root.name}")
         self._store: GroupStore | None = None
+        self._signer = Signer(root)
         self._token: StreamToken | None = None
         self._oldest = (0.0, 0)
         #: The newest sync whose SYNC_END this process has made durable; the store forgets a sync that is done.
         self._ended: SyncPlace | None = None
+        self._synced = 0.0
         #: Released to somebody else (failover, removal): no stream is taken.
         self.released = False
 
@@ -59,6 +67,7 @@ class GroupWriter:
         if self.released:
             raise Refused(f"{self.root.name} is being worked on here", hint="it is tried again by itself")
         self._token = token
+        await self._signer.forget()
         return await self._run(lambda: self._begin(token))
 
     def _begin(self, token: StreamToken) -> Welcome:
@@ -79,20 +88,32 @@ class GroupWriter:
             definition_version=place.definition_version,
             needs=_needs(place, marks),
             wall_ns=time.time_ns(),
+            signature_key=_signature_key(self.root, place),
         )
 
-    async def write(self, token: StreamToken, messages: Sequence[bytes | memoryview]) -> Ack:
-        """Append the frames in all messages and make them durable. Raises what the store raises, IntegrityError for a
+    async def compared(self, token: StreamToken, asked: Compare | Digests) -> Signatures | PartMasks:
+        """Say how blocks are here. Raises Refused when another connection has taken the stream over, and
+        ProtocolViolation for blocks that no disk has."""
+        if self._token is not token or self._store is None:
+            raise Refused("another connection has taken this stream over")
+        return await self._signer.answer(asked)
+
+    async def write(self, token: StreamToken, messages: Sequence[bytes | memoryview]) -> Ack | None:
+        """Append the frames in all messages and make them durable; None when that is left to the next call, within
+        SHARED_FSYNC. No messages: make durable what is left. Raises what the store raises, IntegrityError for a
         damaged frame, Refused when another connection has taken the stream over."""
         return await self._run(lambda: self._write(token, messages))
 
-    def _write(self, token: StreamToken, messages: Sequence[bytes | memoryview]) -> Ack:
+    def _write(self, token: StreamToken, messages: Sequence[bytes | memoryview]) -> Ack | None:
         if self._token is not token or self._store is None:
             raise Refused("another connection has taken this stream over")
         try:
             frames = [each for message in messages for each in frame.split(memoryview(message), "link")]
             self._store.append(frames)
+            if frames and self._store.in_first_sync and time.monotonic() - self._synced < SHARED_FSYNC:
+                return None
             durable = self._store.sync()
+            self._synced = time.monotonic()
             self._note_end(frames)
             return Ack(durable.epoch, durable.sequence, durable.mark, self._sync(durable), self._space(self._store))
         except (DrctlError, OSError):
@@ -122,6 +143,7 @@ class GroupWriter:
         """Close the store and take no stream until `accept`."""
         self.released = True
         self._token = None
+        await self._signer.forget()
         await self._run(self._close)
 
     def accept(self) -> None:
@@ -136,6 +158,7 @@ class GroupWriter:
                 log.warning("%s: %s", self.root, exc)
 
     async def close(self) -> None:
+        await self._signer.close()
         await self._run(self._close)
         self._executor.shutdown(wait=False)
 
@@ -154,6 +177,16 @@ def refuse_superseded(info: GroupInfo, token: StreamToken) -> None:
             hint="the group was failed over; its old source may neither run nor replicate",
             refusal="superseded",
         )
+
+
+def _signature_key(root: Path, place: StreamPosition) -> str:
+    """Empty when nothing can be compared: the bases of a first sync are empty, a full disk takes no key."""
+    if place.needs == "initial":
+        return ""
+    try:
+        return group_key(root).hex()
+    except (DrctlError, OSError):
+        return ""
 
 
 def _needs(place: StreamPosition, marks: int) -> str:

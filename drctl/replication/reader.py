@@ -11,14 +11,18 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from drctl.errors import ApplianceUnreachable, DrctlError, HypervisorRefused
 from drctl.model.extent import Extent as Range
 from drctl.model.extent import KiB, MiB
+from drctl.replication.comparison import COMPARED_READ, COMPARED_WINDOW, Compared, Comparison
 from drctl.replication.ring_port import RingPort
+from drctl.replication.signature_exchange import SignatureExchange
 from drctl.replication.sync_progress import Read, Sync, SyncState
 from drctl.wire.nbd_client import Failed, NbdClient, ReadDone, Ready, StatusDone
+from drctl.wire.signature import SIGNED
 
 #: One read: large enough for an array, small enough that its hold on the stream is short.
 READ_SIZE = 256 * KiB
@@ -32,6 +36,8 @@ CONGESTED = 0.25
 #: NBD_STATE_ZERO of base:allocation.
 _HOLE_READS_ZERO = 2
 RECEIVE_CHUNK = 1 * MiB
+#: Threads that hash what was read.
+HASHERS = 2
 
 log = logging.getLogger(__name__)
 
@@ -183,13 +189,30 @@ class _Walk:
     connection: DiskConnection
     tasks: asyncio.TaskGroup
 
+    @property
+    def over(self) -> bool:
+        """Another attempt has begun, or the pass was given up."""
+        return self.sync.attempt != self.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other side as the reader knows it: whom to ask, and the newest sequence that is on its way there."""
+
+    exchange: SignatureExchange
+    cursor: Callable[[], int]
+
 
 class Reader:
     """Runs the passes of one stream. The stream's owner sets `moved` when a read was taken into the stream or the
     sync's state changed; `arrived` tells it that there is something to take."""
 
-    def __init__(self, port: RingPort, moved: asyncio.Event, arrived: Callable[[], None], pace: Pace) -> None:
+    def __init__(
+        self, port: RingPort, peer: Peer, moved: asyncio.Event, arrived: Callable[[], None], pace: Pace
+    ) -> None:
         self._port = port
+        self._peer = peer
+        self._hashers = ThreadPoolExecutor(HASHERS, "hashing")
         self._moved = moved
         self._arrived = arrived
         self.pace = pace
@@ -221,6 +244,7 @@ class Reader:
     async def _pass(self, sync: Sync, attempt: int, exports: dict[int, Export], extents: Extents | None) -> None:
         while sync.state is SyncState.BEGINNING:
             await self._wait()
+        compares = extents is None and await self._comparable(sync, attempt)
         resume = sync.resume
         for disk in sorted(sync.disks):
             if disk < resume.disk or sync.attempt != attempt:
@@ -228,10 +252,12 @@ class Reader:
             begin = resume.offset if disk == resume.disk else 0
             async with self._connected(exports[disk]) as (connection, tasks):
                 walk = _Walk(sync, attempt, disk, connection, tasks)
-                if extents is None:
-                    await self._walk(walk, begin)
-                else:
+                if extents is not None:
                     await self._fetch(walk, begin, extents(disk))
+                elif compares:
+                    await self._walk_compared(walk, begin)
+                else:
+                    await self._walk(walk, begin)
         if sync.attempt == attempt:
             sync.finished_reading()
             self._arrived()
@@ -260,7 +286,7 @@ class Reader:
         while position < size and await self._room(walk, READ_SIZE):
             read = sync.issue(walk.disk, Range(position, 0), self._port.published)
             length, hole = await walk.connection.first_holes(position, min(STATUS_WINDOW, size - position))
-            if sync.attempt != walk.attempt:
+            if walk.over:
                 return
             if hole:
                 read.extent = Range(position, length)
@@ -280,6 +306,79 @@ class Reader:
                 return position
             read = walk.sync.issue(walk.disk, Range(position, 0), self._port.published)
 
+    # comparing
+
+    async def _comparable(self, sync: Sync, attempt: int) -> bool:
+        """Whether the other side can be asked how its blocks are: only after it has SYNC_BEGIN durable."""
+        if sync.mode != "full":
+            return False
+        while sync.attempt == attempt and sync.active and not (self._peer.exchange.connected and sync.begun):
+            await self._wait()
+        return bool(self._peer.exchange.key)
+
+    async def _walk_compared(self, walk: _Walk, begin: int) -> None:
+        """As `_walk`; what is equal at the other side is not sent. Holes are: they cost less than the question."""
+        sync, size = walk.sync, walk.sync.disks[walk.disk]
+        if walk.connection.ready.size < size:
+            raise HypervisorRefused(f"disk {walk.disk} has {walk.connection.ready.size} bytes, expected {size}")
+        what = Compared(sync.id, walk.disk, size, walk.connection)
+        comparison = Comparison(what, self._peer.exchange, walk.tasks, self._hashers)
+        position = begin // SIGNED * SIGNED
+        while position < size and await self._room(walk, COMPARED_READ, COMPARED_WINDOW):
+            read = sync.issue(walk.disk, Range(position, 0), self._port.published)
+            length, hole = await walk.connection.first_holes(position, min(STATUS_WINDOW, size - position))
+            if walk.over:
+                return
+            end = _aligned(position, length, size, hole=hole)
+            if hole and end > position:
+                read.extent = Range(position, end - position)
+                self._done(sync, read, b"", zero=True)
+                position = end
+            else:
+                sync.withdraw(read)
+                position = await self._compare_until(walk, comparison, position, max(end, position + SIGNED))
+
+    async def _compare_until(self, walk: _Walk, comparison: Comparison, position: int, end: int) -> int:
+        """Compare from `position` up to `end`; returns where the next is to be."""
+        end = min(end, comparison.what.size)
+        while True:
+            after = min(end, position // COMPARED_READ * COMPARED_READ + COMPARED_READ)
+            read = walk.sync.compare(walk.disk, Range(position, after - position))
+            walk.tasks.create_task(self._compare(walk, comparison, read))
+            position = after
+            if position >= end or not await self._room(walk, COMPARED_READ, COMPARED_WINDOW):
+                return position
+
+    async def _compare(self, walk: _Walk, comparison: Comparison, read: Read) -> None:
+        sync, extent = walk.sync, read.extent
+        floor = self._port.published
+        data = await walk.connection.read(extent.offset, extent.length)
+        if walk.over:
+            return
+        parts = await comparison.differences(extent, data)
+        if parts is None or walk.over:
+            return
+        if parts:
+            await self._send_parts(walk, read, (floor, data), parts)
+        if not walk.over:
+            sync.compared(read)
+            self._moved.set()
+            self._arrived()
+
+    async def _send_parts(self, walk: _Walk, read: Read, had: tuple[int, bytearray], parts: list[Range]) -> None:
+        """Put what differs into the stream. What was read is of use while the cursor is not beyond its floor; else
+        it is read again, and this time the stream is held."""
+        floor, data = had
+        if self._peer.cursor() <= floor:
+            part = walk.sync.part(read, floor)
+        else:
+            part = walk.sync.part(read, self._port.published)
+            data = await walk.connection.read(read.extent.offset, read.extent.length)
+            if walk.over:
+                return
+        whole, start = memoryview(data), read.extent.offset
+        walk.sync.part_arrived(part, [(each.offset, whole[each.offset - start : each.end - start]) for each in parts])
+
     async def _fetch(self, walk: _Walk, begin: int, extents: Iterator[Range]) -> None:
         """The given ranges of a disk."""
         sync = walk.sync
@@ -293,13 +392,13 @@ class Reader:
                 walk.tasks.create_task(self._one(walk, read))
                 position += length
 
-    async def _room(self, walk: _Walk, length: int) -> bool:
+    async def _room(self, walk: _Walk, length: int, window: int = WINDOW) -> bool:
         """Wait until one more read may start. False: this attempt is over."""
         sync = walk.sync
         await self.pace.take(length)
-        while sync.attempt == walk.attempt and (sync.outstanding + length > WINDOW or self._port.fill() > CONGESTED):
+        while not walk.over and (sync.outstanding + length > window or self._port.fill() > CONGESTED):
             await self._wait()
-        return sync.attempt == walk.attempt
+        return not walk.over
 
     async def _one(self, walk: _Walk, read: Read) -> None:
         data = await walk.connection.read(read.extent.offset, read.extent.length)
@@ -309,6 +408,15 @@ class Reader:
         if read.attempt == sync.attempt:
             sync.arrived(read, memoryview(data), zero=zero)
             self._arrived()
+
+
+def _aligned(position: int, length: int, size: int, *, hole: bool) -> int:
+    """The end of what begins at `position`, at a block's border or the disk's end: a block that is only in part a hole
+    is data."""
+    end = position + length
+    if end < size:
+        end = (end if hole else end + SIGNED - 1) // SIGNED * SIGNED
+    return min(end, size)
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:

@@ -11,13 +11,16 @@ import time
 
 from drctl.errors import DrctlError, OutOfSpace, ProtocolViolation, Refused, UnsupportedFormat
 from drctl.model.extent import MiB
-from drctl.replication.group_writer import GroupWriter, StreamToken
+from drctl.replication.group_writer import SHARED_FSYNC, GroupWriter, StreamToken
 from drctl.replication.link import Connection
 from drctl.wire import link as wire
+from drctl.wire.signature import Compare, Digests
 
 HELLO_TIMEOUT = 10.0
 #: Frames that wait for the store; beyond it the socket is not read, and TCP slows the source down.
 WAITING_LIMIT = 16 * MiB
+#: Questions of a comparison that wait for their answer; beyond it the socket is not read.
+MAX_QUESTIONS = 256
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,11 @@ class ReceiverSession:
         self._waiting_bytes = 0
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
+        self._questions: asyncio.Queue[Compare | Digests | None] = asyncio.Queue(MAX_QUESTIONS)
         self._ended = False
         self.since_wall_ns = time.time_ns()
+        #: When the source last said anything, pings among it.
+        self.heard_wall_ns = self.since_wall_ns
         self.sequence = 0
         self.mark = 0
         self.sync: wire.SyncPlace | None = None
@@ -58,6 +64,7 @@ class ReceiverSession:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._hear())
                 tasks.create_task(self._store())
+                tasks.create_task(self._compare())
         except BaseExceptionGroup as failures:
             ours, others = failures.split(DrctlError)
             if ours is not None:
@@ -67,10 +74,12 @@ class ReceiverSession:
 
     async def _hear(self) -> None:
         while messages := await self._connection.receive():
+            self.heard_wall_ns = time.time_ns()
             for message in messages:
                 await self._take(message)
         self._ended = True
         self._arrived.set()
+        await self._questions.put(None)
 
     async def _take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Frames):
@@ -83,24 +92,46 @@ class ReceiverSession:
                 await self._taken.wait()
         elif isinstance(message, wire.Ping):
             await self._connection.send(wire.Pong(message.id, time.time_ns(), time.monotonic_ns()))
+        elif isinstance(message, Compare | Digests):
+            await self._questions.put(message)
+
+    async def _compare(self) -> None:
+        """Answer questions in their order, beside what the store does."""
+        while (asked := await self._questions.get()) is not None:
+            await self._connection.send(await self._writer.compared(self.token, asked))
 
     async def _store(self) -> None:
+        owed = False
         while True:
-            await self._arrived.wait()
-            self._arrived.clear()
+            if not await self._more(SHARED_FSYNC if owed else None):
+                owed = await self._make_durable([])
             while self._waiting:
                 batch, self._waiting = self._waiting, []
                 self._waiting_bytes = 0
                 self._taken.set()
-                await self._make_durable(batch)
+                owed = await self._make_durable(batch)
             if self._ended:
                 return
 
-    async def _make_durable(self, batch: list[bytes | memoryview]) -> None:
+    async def _more(self, timeout: float | None) -> bool:
+        """Wait until something arrived; False when nothing did in time."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        self._arrived.clear()
+        return True
+
+    async def _make_durable(self, batch: list[bytes | memoryview]) -> bool:
+        """True when the store owes the acknowledgement still."""
         ack = await self._writer.write(self.token, batch)
+        if ack is None:
+            return True
         self.sequence, self.mark, self.sync = ack.sequence, ack.mark, ack.sync
         self.acknowledgements += 1
         await self._connection.send(ack)
+        return False
 
 
 async def hear_hello(connection: Connection) -> wire.Hello:

@@ -18,6 +18,7 @@ from drctl.replication.marks import Mark
 from drctl.replication.progress import Progress
 from drctl.replication.ring_port import RingPort
 from drctl.replication.shipper_config import ShipperConfig
+from drctl.replication.signature_exchange import SignatureExchange
 from drctl.wire.link import JournalSpace
 
 
@@ -95,6 +96,7 @@ class ShipperState:
     clock: ClockOffset = field(default_factory=ClockOffset)
     link: LinkStatus = field(default_factory=LinkStatus)
     journal: JournalSpace = field(default_factory=JournalSpace)
+    exchange: SignatureExchange = field(default_factory=SignatureExchange)
     #: Set when the sender may have something to do.
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set when the reader may go on: one of its reads was taken, or a sync's state changed.
@@ -198,3 +200,5 @@ def _sync(state: ShipperState) -> dict[str, Any]:
         "total_bytes": sync.total if sync else 0,
         "read_bytes": sync.read_bytes if sync else 0,
     }
+        "matched_bytes": sync.matched_bytes if sync else 0,
+        "sent_bytes": sync.sent_bytes if sync else 0,

@@ -32,6 +32,7 @@ from drctl.replication.shipper_state import ShipperState
 from drctl.store.ring_reader import Batch
 from drctl.wire import link as wire
 from drctl.wire.frame import FrameKind, Parts
+from drctl.wire.signature import PartMasks, Signatures
 
 #: Data of one step, and steps between ring and socket: 4 MiB in flight, however large the ring.
 STEP_BYTES = MiB
@@ -57,6 +58,7 @@ class StreamSender:
         self._steps: asyncio.Queue[_Messages] = asyncio.Queue(STEPS)
         self._pings: dict[int, tuple[int, int]] = {}
         self._heard = time.monotonic()
+        self._signature_key = b""
 
     async def run(self, stands: Callable[[], None]) -> None:
         """`stands` is called after WELCOME. Raises Refused, ApplianceUnreachable, ProtocolViolation, WrongPhase,
@@ -64,6 +66,7 @@ class StreamSender:
         await self._greet()
         self._state.link.connections += 1
         stands()
+        self._state.exchange.open(self._connection, self._signature_key)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for part in (self._produce(), self._write(), self._hear(), self._ping()):
@@ -71,6 +74,7 @@ class StreamSender:
         except BaseExceptionGroup as failures:
             raise _first(failures) from failures
         finally:
+            self._state.exchange.close()
             self._state.progress.disconnected()
             self._drop_steps()
 
@@ -111,6 +115,7 @@ class StreamSender:
         state.clock.sample(sent_wall, time.monotonic_ns() - sent, welcome.wall_ns)
         state.progress.look(state.ring.look())
         state.progress.welcomed(welcome)
+        self._signature_key = bytes.fromhex(welcome.signature_key)
         state.ring.release(state.progress.released)
         self._settled()
         for message in messages[1:]:
@@ -155,6 +160,8 @@ class StreamSender:
         if read.zero:
             frames = framing.frames_of_zeroes(stamp, step.position, read.disk, extent.offset, extent.length)
             return _ready(framing.messages_of(frames))
+        if read.whole is not None:
+            return self._in_worker(framing.frames_of_pieces, stamp, step.position, read.disk, read.pieces)
         assert read.data is not None
         return self._in_worker(framing.frames_of_blocks, stamp, step.position, read.disk, extent.offset, read.data)
 
@@ -220,6 +227,8 @@ class StreamSender:
         elif isinstance(message, wire.Pong):
             if (sent := self._pings.pop(message.id, None)) is not None:
                 state.clock.sample(sent[0], time.monotonic_ns() - sent[1], message.wall_ns)
+        elif isinstance(message, Signatures | PartMasks):
+            state.exchange.answered(message)
         elif isinstance(message, wire.Refused):
             raise _refusal(message)
 

@@ -2,6 +2,9 @@
 
 Pure: knows no I/O and no clock. Race rule: the PUBLISHED before a read (`floor`) holds the shipping cursor until the
 data is in the stream, so what the guest wrote since comes after it and wins.
+
+A range that is *compared* holds nothing: what is equal at the other side needs no place in the stream (the proof is in
+docs/design.md). What differs becomes a *part* of it, a read like any other.
 """
 
 from __future__ import annotations
@@ -26,21 +29,29 @@ class SyncState(StrEnum):
     DONE = "done"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Read:
-    """One range that the reader fetches. `data` is None until it is there; empty data with `zero` reads as zeroes."""
+    """One range that the reader fetches. `data` is None until it is there; empty data with `zero` reads as zeroes.
+
+    `floor` is None for a range that is only compared. A part has `pieces` of its range in the place of data."""
 
     attempt: int
     disk: int
     extent: Extent
-    floor: int
+    floor: int | None
     data: bytes | memoryview | None = None
     zero: bool = False
+    pieces: list[tuple[int, memoryview]] = field(default_factory=list)
+    whole: Read | None = None
+    #: Itself and its parts, as far as they are not in the stream and not known to be equal.
+    open: int = 1
 
 
 @dataclass(slots=True)
 class Sync:
-    """A pass over some disks. Invariant: `reads` are in the order of issue, and sent in it; only the front is sent.
+    """A pass over some disks. Invariant: `reads` are in the order of issue; the place that is told ends before the
+    first of them that is still open. `held` are reads and parts that are not in the stream yet, `ready` those of them
+    whose data is there.
 
     `attempt` rises whenever the reader must start over at `resume`; reads of an older attempt are worth nothing."""
 
@@ -52,14 +63,21 @@ class Sync:
     attempt: int = 1
     resume: SyncPlace = NOWHERE
     reads: deque[Read] = field(default_factory=deque)
+    held: list[Read] = field(default_factory=list)
+    ready: deque[Read] = field(default_factory=deque)
     #: Bytes sent in this attempt since the last SYNC_PROGRESS, and the place that the next one tells.
     since_progress: int = 0
     reached: SyncPlace = NOWHERE
     progress_due: bool = False
     no_more_reads: bool = False
-    #: Bytes of the pass that are in the stream, and bytes read by this process, repeated ones too.
+    #: The receiver has SYNC_BEGIN durable: from now on it may be asked how its blocks are.
+    begun: bool = False
+    #: Bytes of the pass that are in the stream or equal, and bytes read by this process, repeated ones too. Of those
+    #: `matched_bytes` were equal at the other side, and `sent_bytes` went into the stream.
     done_bytes: int = 0
     read_bytes: int = 0
+    matched_bytes: int = 0
+    sent_bytes: int = 0
 
     @property
     def active(self) -> bool:
@@ -68,26 +86,74 @@ class Sync:
     @property
     def hold(self) -> int | None:
         """The cursor may not pass this sequence: the smallest PUBLISHED before a read that is not in the stream yet."""
-        return min((read.floor for read in self.reads), default=None)
+        return min((read.floor for read in self.held if read.floor is not None), default=None)
 
     def issue(self, disk: int, extent: Extent, published: int) -> Read:
         """Note a read that is about to start. `published` was read from the ring *before* it."""
         read = Read(self.attempt, disk, extent, published)
         self.reads.append(read)
+        self.held.append(read)
         return read
+
+    def withdraw(self, read: Read) -> None:
+        """The newest read is not wanted any more."""
+        self.reads.remove(read)
+        self.held.remove(read)
+
+    def compare(self, disk: int, extent: Extent) -> Read:
+        """Note a range that is about to be read and compared; tell by `part` what differs, and then `compared`."""
+        whole = Read(self.attempt, disk, extent, None)
+        self.reads.append(whole)
+        return whole
+
+    def part(self, whole: Read, floor: int) -> Read:
+        """Something of a compared range differs. Its data was, or will be, read after PUBLISHED was `floor`, and the
+        cursor is not beyond that."""
+        part = Read(whole.attempt, whole.disk, whole.extent, floor, whole=whole)
+        whole.open += 1
+        self.held.append(part)
+        return part
+
+    def compared(self, whole: Read) -> None:
+        """All parts of the range that differ are noted."""
+        self.read_bytes += whole.extent.length
+        self.matched_bytes += whole.extent.length
+        self._close(whole)
+
+    def _close(self, read: Read) -> None:
+        read.open -= 1
+        if read.whole is not None:
+            self._close(read.whole)
+        while self.reads and self.reads[0].open == 0:
+            self._pass(self.reads.popleft())
+
+    def _pass(self, read: Read) -> None:
+        self.since_progress += read.extent.length
+        self.done_bytes += read.extent.length
+        self.reached = SyncPlace(self.id, read.disk, read.extent.end)
+        if self.since_progress >= PROGRESS_EVERY:
+            self.progress_due = True
 
     @property
     def outstanding(self) -> int:
-        """Bytes that are being read or wait to be sent."""
-        return sum(0 if read.zero else read.extent.length for read in self.reads)
+        """Bytes that are being read or compared, or wait to be sent."""
+        return sum(0 if read.zero or not read.open else read.extent.length for read in self.reads)
 
     def arrived(self, read: Read, data: bytes | memoryview, *, zero: bool) -> None:
         read.data, read.zero = data, zero
+        self.ready.append(read)
+
+    def part_arrived(self, part: Read, pieces: list[tuple[int, memoryview]]) -> None:
+        """What differs: offsets on the disk, and the data there."""
+        part.pieces = pieces
+        self.ready.append(part)
 
     def abandon(self) -> None:
         """The reader failed: it starts over at what is durable."""
         self.attempt += 1
         self.reads.clear()
+        self.held.clear()
+        self.ready.clear()
         self.no_more_reads = False
         self.progress_due = False
         self.since_progress = 0
@@ -104,19 +170,23 @@ class Sync:
         """Go on with a pass that the receiver has begun to make durable: SYNC_BEGIN is there already."""
         self.id, self.resume = place.id, place
         self.state = SyncState.READING
+        self.begun = True
         self.abandon()
 
     def next_read(self) -> Read | None:
-        """The front read, taken out, when its data is there."""
-        if self.state is not SyncState.READING or not self.reads or self.reads[0].data is None:
+        """A read whose data is there, taken out."""
+        if self.state is not SyncState.READING or not self.ready:
             return None
-        read = self.reads.popleft()
-        self.since_progress += read.extent.length
-        self.done_bytes += read.extent.length
-        self.read_bytes += 0 if read.zero else read.extent.length
-        self.reached = SyncPlace(self.id, read.disk, read.extent.end)
-        if self.since_progress >= PROGRESS_EVERY:
-            self.progress_due = True
+        read = self.ready.popleft()
+        self.held.remove(read)
+        if read.whole is not None:
+            size = sum(len(data) for _, data in read.pieces)
+            self.matched_bytes -= size
+        else:
+            size = 0 if read.zero else read.extent.length
+            self.read_bytes += size
+        self.sent_bytes += size
+        self._close(read)
         return read
 
     def finished_reading(self) -> None:
@@ -135,9 +205,9 @@ class Sync:
         """A new connection; `known` is the newest sync there. Frames that are not durable are lost."""
         if self.state is SyncState.DONE:
             return
-        begun = known is not None and known.id == self.id
-        self.state = SyncState.READING if begun else SyncState.BEGINNING
-        if not begun:
+        self.begun = known is not None and known.id == self.id
+        self.state = SyncState.READING if self.begun else SyncState.BEGINNING
+        if not self.begun:
             self.resume = SyncPlace(self.id)
         self.durable(known)
         self.abandon()
@@ -147,5 +217,6 @@ class Sync:
         if place is None or place.id != self.id:
             return
         self.resume = place
+        self.begun = True
         if place.done:
             self.state = SyncState.DONE

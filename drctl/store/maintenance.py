@@ -17,6 +17,7 @@ from drctl.store.reader import StoreReader, label_of
 from drctl.store.retention import keep
 from drctl.store.run import remove_leftovers, write_segment_run
 from drctl.store.segment import Segment, SegmentList, list_segments
+from drctl.store.signatures import note_promotion
 from drctl.store.tier import Indexer, remove_runs
 
 #: Parts of the journal limit: above the first, history is shortened until the second is reached.
@@ -181,6 +182,7 @@ class Maintenance:
         segments, _ = list_segments(self._root)
         self._save_definition(info.promoting)
         write_bases(self._root, info, segments)
+        note_promotion(self._root, info)
         return self._clean_promoted(conclude(self._root, info.promoting))
 
     def _save_definition(self, target: int) -> None:

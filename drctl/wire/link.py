@@ -5,22 +5,27 @@ Every message is (also in docs/formats.md), integers little-endian:
     offset size
          0    4  length of the rest, 1 .. 4 MiB
          4    1  type (MessageType)
-         5    n  body: JSON, or for FRAMES whole frames one after the other
+         5    n  body: JSON; for FRAMES whole frames one after the other; for SIGNATURES, DIGESTS and MASKS
+                 what wire/signature.py lays out
 
 The length is checked before a byte of the body is waited for. The source dials and says HELLO; the receiver answers
-WELCOME or REFUSED; then FRAMES and PING go one way, ACK, PONG and REFUSED the other. JSON bodies may carry fields
-that this version does not know: they are ignored.
+WELCOME or REFUSED; then FRAMES, PING, COMPARE and DIGESTS go one way, ACK, PONG, SIGNATURES, MASKS and REFUSED the
+other. JSON bodies may carry fields that this version does not know: they are ignored. COMPARE and DIGESTS are said only
+to a receiver whose WELCOME had a signature_key: an older one would not understand them.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from enum import Enum, IntEnum
 
 import msgspec
 import numpy as np
 
 from drctl.errors import ProtocolViolation
+from drctl.wire import signature
+from drctl.wire.signature import Compare, Digests, PartMasks, Signatures
 
 VERSION = 1
 #: Bounds the memory that a peer can make us reserve; the shipper packs at most a quarter of it into one message.
@@ -36,6 +41,10 @@ class MessageType(IntEnum):
     PING = 5
     PONG = 6
     REFUSED = 7
+    COMPARE = 8
+    SIGNATURES = 9
+    DIGESTS = 10
+    MASKS = 11
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -81,7 +90,7 @@ class Welcome(msgspec.Struct, frozen=True):
 
     `last_mark` is the newest MARK of this stream that is durable there, proven or not, `proven_mark` the newest that is
     proven; `last_number` the largest number of a mark in the whole group, so that numbers stay unique over epochs.
-    `needs` is `initial`, `full` or `nothing`."""
+    `needs` is `initial`, `full` or `nothing`. `signature_key`: hex; empty when no signatures can be asked for."""
 
     position: Position
     version: int = VERSION
@@ -93,6 +102,7 @@ class Welcome(msgspec.Struct, frozen=True):
     definition_version: int = 0
     needs: str = "nothing"
     wall_ns: int = 0
+    signature_key: str = ""
 
 
 class Frames(msgspec.Struct, frozen=True):
@@ -134,7 +144,7 @@ class Refused(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
-Message = Hello | Welcome | Frames | Ack | Ping | Pong | Refused
+Message = Hello | Welcome | Frames | Ack | Ping | Pong | Refused | Compare | Signatures | Digests | PartMasks
 
 _TYPES: dict[MessageType, type[Message]] = {
     MessageType.HELLO: Hello,
@@ -143,9 +153,19 @@ _TYPES: dict[MessageType, type[Message]] = {
     MessageType.PING: Ping,
     MessageType.PONG: Pong,
     MessageType.REFUSED: Refused,
+    MessageType.COMPARE: Compare,
+    MessageType.SIGNATURES: Signatures,
+    MessageType.DIGESTS: Digests,
+    MessageType.MASKS: PartMasks,
 }
 _NUMBERS: dict[type[Message], MessageType] = {kind: number for number, kind in _TYPES.items()}
-_DECODERS = {number: msgspec.json.Decoder(kind) for number, kind in _TYPES.items()}
+_UNPACK: dict[MessageType, Callable[[memoryview], Message]] = {
+    MessageType.FRAMES: lambda body: Frames(body),
+    MessageType.SIGNATURES: signature.unpack_signatures,
+    MessageType.DIGESTS: signature.unpack_digests,
+    MessageType.MASKS: signature.unpack_masks,
+}
+_DECODERS = {number: msgspec.json.Decoder(kind) for number, kind in _TYPES.items() if number not in _UNPACK}
 _ENCODER = msgspec.json.Encoder()
 _FRAMES = Frames(b"")
 
@@ -154,8 +174,19 @@ def encode(message: Message) -> bytes:
     """The message's bytes. Raises ProtocolViolation when it is larger than the link allows."""
     if isinstance(message, Frames):
         return frames_head(len(message.data)) + message.data
-    body = _ENCODER.encode(message)
+    body = _body(message)
     return _head(_NUMBERS[type(message)], len(body)) + body
+
+
+def _body(message: Message) -> bytes:
+    match message:
+        case Signatures():
+            return signature.pack_signatures(message)
+        case Digests():
+            return signature.pack_digests(message)
+        case PartMasks():
+            return signature.pack_masks(message)
+    return _ENCODER.encode(message)
 
 
 def frames_head(length: int) -> bytes:
@@ -229,8 +260,8 @@ def _room(length: int) -> memoryview:
 
 
 def _decode(number: MessageType, body: memoryview) -> Message:
-    if number is MessageType.FRAMES:
-        return Frames(body)
+    if (unpack := _UNPACK.get(number)) is not None:
+        return unpack(body)
     try:
         return _DECODERS[number].decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -259,12 +290,14 @@ class _State(Enum):
 #: it the state. The peer may send what its role may; the pair moves through the states together.
 _TABLE: dict[tuple[Role, _State], dict[type[Message], _State]] = {
     (Role.SOURCE, _State.GREETING): {Hello: _State.GREETING},
-    (Role.SOURCE, _State.STREAMING): {Frames: _State.STREAMING, Ping: _State.STREAMING},
-    (Role.SOURCE, _State.ENDED): {Frames: _State.ENDED, Ping: _State.ENDED},
+    (Role.SOURCE, _State.STREAMING): dict.fromkeys((Frames, Ping, Compare, Digests), _State.STREAMING),
+    (Role.SOURCE, _State.ENDED): dict.fromkeys((Frames, Ping, Compare, Digests), _State.ENDED),
     (Role.RECEIVER, _State.GREETING): {Welcome: _State.STREAMING, Refused: _State.ENDED},
     (Role.RECEIVER, _State.STREAMING): {
         Ack: _State.STREAMING,
         Pong: _State.STREAMING,
+        Signatures: _State.STREAMING,
+        PartMasks: _State.STREAMING,
         Refused: _State.ENDED,
     },
     (Role.RECEIVER, _State.ENDED): {},
