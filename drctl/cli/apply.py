@@ -14,7 +14,7 @@ from drctl.cli.context import Context
 from drctl.cli.group_file import read_groups, spec_changes, spec_json
 from drctl.cli.inventory import Inventory, Place, take_inventory
 from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
-from drctl.errors import ApplianceUnreachable
+from drctl.errors import ApplianceUnreachable, NotFound
 from drctl.model.group import GroupSpec
 from drctl.model.site import Host
 
@@ -51,6 +51,7 @@ def apply(ctx: typer.Context, dry_run: DryRun = False, yes: Yes = False, output:
     inventory = take_inventory(context)
     changes = differences(context, specs, inventory)
     _name_strangers(context, specs, inventory)
+    _name_missing(context, changes)
     if not changes:
         context.screen.say("nothing to do: the appliances have what groups/*.toml says")
     elif propose(
@@ -106,6 +107,18 @@ def _name_strangers(context: Context, specs: Mapping[str, GroupSpec], inventory:
     for name in inventory.groups:
         if name not in specs:
             context.screen.say(f"group {name} has no file in groups/; it is left alone (drctl group delete {name})")
+
+
+def _name_missing(context: Context, changes: list[Change]) -> None:
+    """A group may be written before its guests are made; a typing error should not wait for `replicate start`."""
+    for change in (change for change in changes if change.role == "source"):
+        known = sorted(machine["name"] for machine in context.call(change.host, "machine.list"))
+        for name in change.spec["machines"]:
+            if name not in known:
+                hint = NotFound("machine", name, known=known).hint
+                context.screen.say(
+                    f"{change.host.name} has no machine {name!r}, so {change.group} can't replicate yet: {hint}"
+                )
 
 
 def _as_json(change: Change) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from drctl.errors import Refused
+from tests.cli.appliance import machine
 from tests.cli.conftest import WEB
 
 
@@ -29,6 +30,13 @@ def test_somebody_is_asked_after_it_was_told(world, typed: str, code: int) -> No
     assert result.code == code
     assert bool(world.alpha.groups) == (code == 0)
     assert result.err.index("will create group web") < result.err.index("Apply? [y/N]")
+
+
+def test_a_machine_that_is_not_there_is_named_with_the_likely_one(world) -> None:
+    world.alpha.machines = [machine("db"), machine("front-2")]
+    result = world("apply", "--dry-run")
+    assert result.code == 0
+    assert "a1 has no machine 'front', so web can't replicate yet: did you mean front-2?" in result.err
 
 
 def test_the_recovery_side_is_told_first(world) -> None:
