@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from drctl.appliance.toml_file import Table, read_toml
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.extent import GiB
+from drctl.toml.table import Table, read_toml
 
 RUN = "/run/drctl"
 SCRATCH_LIMIT = 64 * GiB

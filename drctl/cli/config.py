@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drctl.appliance.toml_file import Table, read_toml
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.extent import GiB, MiB
 from drctl.model.group import Retention
 from drctl.model.site import PREFIX, Host, HostKind, Login, Site
+from drctl.toml.table import Table, read_toml
 
 FILE = "drctl.toml"
 #: What names of sites, hosts and groups are made of: they become parts of file names and of unix socket paths,

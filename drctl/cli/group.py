@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from drctl.appliance.toml_file import parse_toml
 from drctl.cli import render
 from drctl.cli.apply import differences, send
 from drctl.cli.config import Config
@@ -18,6 +17,7 @@ from drctl.cli.inventory import Inventory, Place, take_inventory
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
 from drctl.errors import AlreadyExists, ApplianceUnreachable, NotFound, WrongPhase
 from drctl.model.group import GroupSpec
+from drctl.toml.table import parse_toml
 
 app = noun("Protection groups.")
 

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from drctl.appliance.toml_file import Table, read_toml
 from drctl.cli.config import MINIMUM_RING, NAME, Config, Defaults, read_interval
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.extent import GiB
 from drctl.model.group import BootPolicy, GroupSpec, Retention, Rung, StrayPolicy
+from drctl.toml.table import Table, read_toml
 
 
 def group_directory(config: Config) -> Path:

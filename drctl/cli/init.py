@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from drctl.appliance.toml_file import parse_toml
 from drctl.cli.config import FILE, NAME, load_config
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.options import DryRun, Yes, examples, noun
 from drctl.errors import AlreadyExists
+from drctl.toml.table import parse_toml
 
 app = noun("Write a configuration to start from.")
 

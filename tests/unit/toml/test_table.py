@@ -9,9 +9,9 @@ import tomlkit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drctl.appliance.toml_file import Table, parse_toml, read_toml
-from drctl.appliance.toml_lines import key_lines
 from drctl.errors import ConfigInvalid
+from drctl.toml.lines import key_lines
+from drctl.toml.table import Table, parse_toml, read_toml
 
 
 def table(text: str) -> Table:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from drctl.appliance.toml_lines import KeyPath, key_lines
 from drctl.errors import ConfigInvalid
 from drctl.model.duration import format_duration, parse_duration
 from drctl.model.extent import format_bytes, parse_bytes
+from drctl.toml.lines import KeyPath, key_lines
 
 Value = TypeVar("Value")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
