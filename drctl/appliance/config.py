@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import grp
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from drctl.errors import ConfigInvalid, NotFound
+from drctl.errors import ConfigInvalid, NotFound, SetupFailed
 from drctl.model.extent import GiB
 from drctl.toml.table import Table, read_toml
 
@@ -25,7 +27,9 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file's keys. `uri` is libvirt's, `run` a directory on tmpfs, `link` where this appliance listens."""
+    """The file's keys. `uri` is libvirt's, `run` a directory on tmpfs, `link` where this appliance listens.
+
+    `qemu_group` is a group that guests' QEMUs and the appliance are in, where they run as different users."""
 
     site: str
     host: str
@@ -33,6 +37,7 @@ class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link: str
     uuid: str
     run: str = RUN
+    qemu_group: str = ""
     images: str = ""
     scratch_limit: int = SCRATCH_LIMIT
     peer: tuple[Peer, ...] = ()
@@ -83,6 +88,25 @@ class Home:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in ("rings", "taps", "shippers", "views", "exports", "pids"):
             (self.run / name).mkdir(mode=0o700, exist_ok=True)
+        if self.config.qemu_group:
+            self._open_to_guests()
+
+    def _open_to_guests(self) -> None:
+        """Let guests' QEMUs reach the sockets and overlays that are for them, and nothing else. Raises SetupFailed.
+
+        What is made in these directories belongs to their group. QEMU makes sockets of its own in `exports`."""
+        try:
+            group = grp.getgrnam(self.config.qemu_group).gr_gid
+        except KeyError as exc:
+            name = self.config.qemu_group
+            raise SetupFailed(f"there is no group {name}", hint="mend qemu_group in appliance.toml") from exc
+        overlays = [self.path / "images", self.path / "scratch"]
+        for path in overlays:
+            path.mkdir(exist_ok=True)
+        modes = {self.path: 0o710, self.run: 0o710, self.run / "taps": 0o2710, self.run / "views": 0o2710}
+        for path, mode in {**modes, self.run / "exports": 0o2770, **dict.fromkeys(overlays, 0o2770)}.items():
+            os.chown(path, -1, group)
+            path.chmod(mode)
 
 
 def load(home: Path) -> Home:
@@ -99,6 +123,7 @@ def load(home: Path) -> Home:
         link=top.text("link"),
         uuid=top.text("uuid"),
         run=top.text("run", RUN),
+        qemu_group=top.text("qemu_group", ""),
         images=top.text("images", ""),
         scratch_limit=top.size("scratch_limit", SCRATCH_LIMIT),
         peer=peers,

@@ -20,6 +20,7 @@ from drctl.appliance.group_state import spec_from
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
 from drctl.appliance.lease import Leases
+from drctl.appliance.notify import Notifier
 from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
@@ -41,8 +42,9 @@ CONNECT_SECONDS = 2.0
 class Appliance:
     """All roles of one host. `serve` returns after `stop`."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, notifier: Notifier) -> None:
         self._home = home
+        self._notifier = notifier
         self._stopped = threading.Event()
         self._processes = Processes(home.run / "pids", home.logs)
         self._host = _connect(home.config.uri, self._stopped)
@@ -59,9 +61,12 @@ class Appliance:
         self._recovery.resume()
         self._source.start()
         self._control.start()
+        self._notifier.ready(f"appliance of {self._home.config.host}, site {self._home.config.site}")
         log.info("appliance of %s (%s): ready", self._home.config.host, self._home.config.site)
         while not self._stopped.wait(SUPERVISE_SECONDS):
             self._supervise()
+            self._notifier.alive()
+        self._notifier.stopping()
         self._control.stop()
         self._recovery.close()
         self._source.close()
@@ -182,11 +187,15 @@ def main(home: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     os.umask(0o077)
     loaded = configuration.load(home)
+    if loaded.config.qemu_group:
+        os.umask(0o007)  # overlays and sockets in directories of that group are for guests, too
     loaded.make_directories()
+    notifier = Notifier()
+    notifier.status(f"waiting for libvirt at {loaded.config.uri}")
     # One supervisor per home: two would fight over the same mirrors.
     lock = atomic.acquire(home / "lock", wait=False, what="another appliance")
     try:
-        appliance = Appliance(loaded)
+        appliance = Appliance(loaded, notifier)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: appliance.stop())
         appliance.serve()

@@ -90,7 +90,7 @@ def _space_findings(space: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 def _permission_findings(home: Home) -> list[dict[str, str]]:
     found = []
     for path in (home.path, home.run):
-        mode = path.stat().st_mode & 0o077
+        mode = path.stat().st_mode & (0o067 if home.config.qemu_group else 0o077)
         if mode:
             found.append(_finding("warning", str(path), f"is open to others (mode {mode:03o})", f"chmod 700 {path}"))
     key = home.tls / "key.pem"

@@ -1,15 +1,41 @@
-"""`drctl appliance`: the replication service of a host."""
+"""`drctl appliance`: the replication service of a host: install, list, upgrade, uninstall, run."""
 
 from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from drctl.cli import render
+from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import ask_all
-from drctl.cli.options import Format, Output, begin, examples, noun
+from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
+from drctl.errors import NotFound, PreconditionFailed, Refused
+from drctl.model.extent import format_bytes
+from drctl.model.site import Host
+
+if TYPE_CHECKING:  # the installer and paramiko take long to import; `list` and `run` need neither
+    from drctl.appliance.install.bundle import Bundle
+    from drctl.appliance.install.campaign import Progress, Target
 
 app = noun("The replication service of a host.")
+
+Hosts = Annotated[list[str] | None, typer.Argument(metavar="HOST", help="Hosts of drctl.toml; or name a --site.")]
+SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="All hosts of this site.")]
+BundleDir = Annotated[
+    Path | None,
+    typer.Option("--bundle", metavar="DIR", help="A bundle made before; else one is made of this drctl's environment."),
+]
+WheelDir = Annotated[
+    Path | None,
+    typer.Option("--wheels", metavar="DIR", help="Wheels for hosts with another Python or processor than here."),
+]
 
 
 @app.command(epilog=examples("drctl appliance run --home /var/lib/drctl"))
@@ -38,7 +64,7 @@ def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
                 "state": "unreachable" if answer.failed else "running",
                 "version": info.get("version"),
                 "identity": info.get("appliance"),
-                "control": answer.host.control,
+                "control": f"ssh:{answer.host.login}" if answer.host.login else answer.host.control,
                 "link": answer.host.link,
                 "problem": str(answer.error) if answer.error else "",
             }
@@ -51,3 +77,185 @@ def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
             columns, [tuple(render.word(row[key]) or "-" for key in columns) for row in rows], "no hosts"
         )
     return 3 if any(row["problem"] for row in rows) else 0
+
+
+@app.command(
+    epilog=examples("drctl appliance bundle drctl-wheels", "drctl appliance install alpha1 --bundle drctl-wheels")
+)
+def bundle(
+    ctx: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; must not hold another.")],
+    wheels: WheelDir = None,
+) -> None:
+    """Put the wheels that appliances are installed from into a directory, with a list of their checksums.
+
+    They are made of what is installed beside this drctl; nothing is downloaded, here or at a host."""
+    from drctl.appliance.install.bundle import make_bundle
+
+    context = ctx.obj
+    assert isinstance(context, Context)
+    if directory.exists() and any(directory.iterdir()):
+        raise Refused(f"{directory} is not empty", hint="name a new directory")
+    made = make_bundle(directory, wheels)
+    context.screen.line(f"{directory}: {_describe(made)}")
+
+
+@app.command(epilog=examples("drctl appliance install alpha1", "drctl appliance install --site alpha --yes"))
+def install(
+    ctx: typer.Context,
+    host: Hosts = None,
+    site: SiteName = "",
+    bundle: BundleDir = None,
+    wheels: WheelDir = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> int:
+    """Install appliances over SSH, on all named hosts at once: user, program, identity, service.
+
+    All hosts are looked at before any is changed. Given again it goes on after a break, and changes nothing when all
+    is as it should be. The hosts need no network but SSH. The CA's key (ca/ beside drctl.toml) must be here."""
+    return _roll_out(begin(ctx), (host, site), (bundle, wheels), upgrade=False, dry_run=dry_run, yes=yes)
+
+
+@app.command(epilog=examples("drctl appliance upgrade alpha1", "drctl appliance upgrade --site alpha --dry-run"))
+def upgrade(
+    ctx: typer.Context,
+    host: Hosts = None,
+    site: SiteName = "",
+    bundle: BundleDir = None,
+    wheels: WheelDir = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> int:
+    """Bring appliances to this drctl's version: the new one is put beside the old, then switched to.
+
+    Taps and views go on with the old version, since guests hang on them; the others begin anew. Older versions are
+    removed when nothing runs them any more."""
+    return _roll_out(begin(ctx), (host, site), (bundle, wheels), upgrade=True, dry_run=dry_run, yes=yes)
+
+
+@app.command(epilog=examples("drctl appliance uninstall alpha1", "drctl appliance uninstall alpha1 --confirm alpha1"))
+def uninstall(
+    ctx: typer.Context,
+    host: Annotated[str, typer.Argument(metavar="HOST", help="The host's name.")],
+    delete_history: Annotated[
+        bool, typer.Option("--delete-history", help="Delete the checkpoints that are kept there, too.")
+    ] = False,
+    typed: Annotated[str, typer.Option("--confirm", metavar="HOST", help="The host's name, typed before.")] = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Remove an appliance and everything of it from a host.
+
+    Refused while it protects a group, while tests or failovers are there, and while it keeps checkpoints
+    (--delete-history)."""
+    from drctl.appliance.install import campaign, preflight
+    from drctl.appliance.install.removal import demand_empty
+
+    context = begin(ctx)
+    [target] = _targets(context, [context.config.host(host)])
+    preflight.demand(campaign.survey([target], None))
+    held = campaign.held_by(target)
+    demand_empty(host, held, delete_history=delete_history)
+    steps = [f"remove drctl from {host}: service, user, program, {campaign.HOME}"]
+    steps += [f"delete the checkpoints of {name}" for name in held.stores]
+    if not propose(context.screen, steps, dry_run=dry_run, yes=True):
+        return
+    confirm_name(context.screen, host, typed=typed, what="host")
+    outcome = campaign.uninstall(target, _progress(context), delete_history=delete_history)
+    context.screen.line(f"{host}: {'removed' if outcome.changes else 'already removed; nothing was there'}")
+
+
+def _roll_out(
+    context: Context,
+    named: tuple[list[str] | None, str],
+    sources: tuple[Path | None, Path | None],
+    *,
+    upgrade: bool,
+    dry_run: bool,
+    yes: bool,
+) -> int:
+    from drctl.appliance.install import campaign, preflight
+    from drctl.appliance.install.roster import Roster
+
+    if context.config.directory is None:
+        raise PreconditionFailed("there is no drctl.toml", hint="drctl init writes one; or name it: --config DIR")
+    roster = Roster(context.config.directory / "ca")
+    targets = _targets(context, _chosen(context, *named))
+    with _bundle(*sources) as made:
+        findings = campaign.survey(targets, made)
+        for finding in findings:
+            kind = "" if finding.error else "note: "
+            context.screen.say(f"{finding.host}: {kind}{finding.message} ({finding.hint})")
+        preflight.demand(findings)
+        if upgrade and (missing := [target.host.name for target in targets if not target.version]):
+            raise NotFound("appliance at", ", ".join(missing), hint="drctl appliance install")
+        verb = "upgrade" if upgrade else "install"
+        steps = [_step(verb, target, made) for target in targets]
+        if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"{verb.capitalize()}?"):
+            return 0
+        campaign.install(targets, context.config.hosts, made, roster, _progress(context), upgrade=upgrade)
+    _tell(context, targets)
+    if error := campaign.failure(targets):
+        raise error
+    return 0
+
+
+def _step(verb: str, target: Target, made: Bundle) -> str:
+    place = f"{target.host.name} ({target.host.login})"
+    if target.version == made.identity:
+        return f"look whether all of {target.version} is as it should be on {place}"
+    what = f"{verb} {made.identity} on {place}, {format_bytes(made.size)} to send"
+    return f"{what}; {target.version} is there" if target.version else what
+
+
+def _tell(context: Context, targets: Sequence[Target]) -> None:
+    for target in targets:
+        if target.outcome is None:
+            continue
+        changes = ", ".join(target.outcome.changes)
+        context.screen.line(f"{target.host.name}: {changes or 'already as it should be; nothing was changed'}")
+        for note in target.outcome.notes:
+            context.screen.say(f"{target.host.name}: note: {note}")
+
+
+def _targets(context: Context, hosts: Sequence[Host]) -> list[Target]:
+    from drctl.appliance.install.campaign import Target
+
+    def answers(host: Host) -> str:
+        return str(context.call(host, "appliance.info", timeout=5.0).get("version"))
+
+    targets = [Target(host, context.shell(host), partial(answers, host)) for host in hosts]
+    for target in targets:
+        _ = target.place  # what drctl.toml lacks is told before any host is asked
+    return targets
+
+
+def _chosen(context: Context, names: list[str] | None, site: str) -> list[Host]:
+    if bool(names) == bool(site):
+        raise Refused("name hosts, or a site", hint="drctl appliance install HOST, or --site SITE")
+    if site:
+        return list(context.config.site(site).hosts)
+    return [context.config.host(name) for name in dict.fromkeys(names or ())]
+
+
+@contextmanager
+def _bundle(directory: Path | None, wheels: Path | None) -> Iterator[Bundle]:
+    from drctl.appliance.install.bundle import load_bundle, make_bundle
+
+    if directory is not None:
+        yield load_bundle(directory)
+        return
+    with tempfile.TemporaryDirectory(prefix="drctl-bundle-") as temporary:
+        yield make_bundle(Path(temporary), wheels)
+
+
+def _describe(made: Bundle) -> str:
+    size = format_bytes(made.size)
+    return f"{made.identity}, {len(made.wheels)} wheels, {size}, for Python {made.python} on {made.machine}"
+
+
+def _progress(context: Context) -> Progress:
+    def told(host: str, step: int, steps: int, name: str) -> None:
+        context.screen.say(f"{host}: {step}/{steps} {name}")
+
+    return told

@@ -34,17 +34,17 @@ def confirm(screen: Screen, question: str, *, yes: bool) -> None:
         raise Interrupted("answered no; nothing was done")
 
 
-def confirm_name(screen: Screen, name: str, *, typed: str) -> None:
-    """Go on only when the group's name is typed: on a terminal at a prompt, or before as `--confirm NAME`.
+def confirm_name(screen: Screen, name: str, *, typed: str, what: str = "group") -> None:
+    """Go on only when the name of the group, or of `what`, is typed: at a prompt, or before as `--confirm NAME`.
 
     Raises Refused or Interrupted."""
     if typed:
         if typed != name:
-            raise Refused(f"--confirm {typed!r} is not the group's name {name!r}; nothing was done")
+            raise Refused(f"--confirm {typed!r} is not the {what}'s name {name!r}; nothing was done")
         return
     if not screen.interactive:
         raise Refused(
             "nobody can be asked: stdin is not a terminal", hint=f"add --confirm {name}; --yes alone is not enough here"
         )
-    if screen.ask(f"type the group's name ({name}) to go on:") != name:
+    if screen.ask(f"type the {what}'s name ({name}) to go on:") != name:
         raise Interrupted("another name was typed; nothing was done")

@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 from contextlib import suppress
@@ -333,13 +334,14 @@ def _say(text: str) -> None:
 
 
 def listen(path: Path) -> socket.socket:
-    """Listen on a unix socket of mode 0600, in place of whatever was there. An upgrade that hands sockets over would
+    """Listen on a unix socket of mode 0600 (0660 in a setgid directory: it is for the directory's group too), in place
+    of whatever was there. An upgrade that hands sockets over would
     make the listener from a descriptor here."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.setblocking(False)
     temporary = path.with_name(path.name + "~")
     temporary.unlink(missing_ok=True)
-    before = os.umask(0o177)
+    before = os.umask(0o117 if path.parent.stat().st_mode & stat.S_ISGID else 0o177)
     try:
         listener.bind(str(temporary))
     finally:

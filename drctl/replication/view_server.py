@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -270,7 +271,8 @@ class ViewServer:
         beside.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(beside))
-        beside.chmod(0o600)
+        # In a setgid directory it is for the directory's group too: guests of another user reach it by that.
+        beside.chmod(0o660 if self._path.parent.stat().st_mode & stat.S_ISGID else 0o600)
         listener.listen(128)
         beside.rename(self._path)
         return listener

@@ -1,0 +1,1 @@
+"""Installing, upgrading and removing appliances on hosts that are reached by SSH."""

@@ -1,0 +1,57 @@
+"""Who is who: each host's appliance by UUID, beside the project's CA. Keep it under version control with drctl.toml."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from drctl.errors import IntegrityError, PreconditionFailed
+from drctl.model.site import Host
+from drctl.replication.identity import sign_request
+from drctl.store import atomic
+
+FILE = "appliances.json"
+
+
+class Roster:
+    """The CA's directory, and the UUIDs given out. A UUID, once given, stays the host's."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        if not (directory / "ca-key.pem").is_file():
+            raise PreconditionFailed(
+                f"{directory} has no certificate authority",
+                hint="drctl init DIR makes one; its key must be here to install",
+            )
+
+    @property
+    def ca(self) -> bytes:
+        """The CA's certificate, PEM."""
+        return (self._directory / "ca.pem").read_bytes()
+
+    def assign(self, hosts: Iterable[Host]) -> dict[str, str]:
+        """The UUID of each host's appliance, by the host's name; new ones for those that have none."""
+        with atomic.lock(self._directory / f"{FILE}.lock"):
+            known = self._read()
+            new = {host.name: str(uuid.uuid4()) for host in hosts if host.name not in known}
+            if new:
+                atomic.write_json(self._directory / FILE, known | new)
+            return known | new
+
+    def forget(self, host: str) -> None:
+        """The host's appliance is gone: its UUID is never given again."""
+        with atomic.lock(self._directory / f"{FILE}.lock"):
+            known = self._read()
+            if known.pop(host, None):
+                atomic.write_json(self._directory / FILE, known)
+
+    def sign(self, request: str, appliance: str) -> str:
+        """A certificate for a host's own request. Raises CertificateRejected."""
+        return sign_request(self._directory, request.encode(), appliance).decode()
+
+    def _read(self) -> dict[str, str]:
+        known = atomic.read_json(self._directory / FILE) or {}
+        if not isinstance(known, dict):
+            raise IntegrityError(f"{self._directory / FILE} is not a JSON object")
+        return known
