@@ -17,8 +17,10 @@ from drctl.appliance import config as configuration
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.group_state import spec_from
+from drctl.appliance.handover_service import HandoverService
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
+from drctl.appliance.picture import Pictures, Shown
 from drctl.appliance.lease import Leases
 from drctl.appliance.notify import Notifier
 from drctl.appliance.process import Processes
@@ -53,13 +55,17 @@ class Appliance:
         self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
         self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
-        self._control = ControlServer(home.control, History(home.path / "history.jsonl").watch(Leases(home.store).watch(self._handlers())))
+        self._handovers = HandoverService(home, self._host, self._source.protection, self._source.refuse_superseded)
+        self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
+        history = History(home.path / "history.jsonl", self._pictures.take_quietly)
+        self._control = ControlServer(home.control, history.watch(Leases(home.store).watch(self._handlers())))
 
     def serve(self) -> None:
         self._supervise_children()
         self._host.watch(lambda machine, event: self._source.wake())
         self._recovery.resume()
         self._source.start()
+        self._handovers.resume(self._source.names())
         self._control.start()
         self._notifier.ready(f"appliance of {self._home.config.host}, site {self._home.config.site}")
         log.info("appliance of %s (%s): ready", self._home.config.host, self._home.config.site)
@@ -106,14 +112,23 @@ class Appliance:
             "replicate.stop": self._replicate_stop,
             "checkpoint.create": source.checkpoint_create,
             "checkpoint.list": stores.checkpoint_list,
+            "checkpoint.choose": stores.checkpoint_choose,
             "checkpoint.tag": stores.checkpoint_tag,
             "checkpoint.verify": stores.checkpoint_verify,
             "test.start": recovery.test_start,
             "test.list": recovery.test_list,
             "test.stop": recovery.test_stop,
-            "failover.plan": recovery.failover_plan,
-            "failover.run": self._failover_run,
-            "commit": recovery.commit,
+            "failover.plan": recovery.reigns.plan,
+            "failover.run": self._lifted(recovery.reigns.failover),
+            "failover.hold": recovery.reigns.cancel_auto,
+            "switchover.run": self._lifted(recovery.reigns.switchover),
+            "handover.plan": self._handovers.plan,
+            "handover.run": self._handovers.run,
+            "handover.undo": self._handovers.undo,
+            "rollback.plan": recovery.reigns.rollback_plan,
+            "rollback": recovery.reigns.rollback,
+            "commit": recovery.reigns.commit,
+            "group.picture": lambda params, _progress: self._pictures.take(str(params.get("group"))),
             "shipper.attest": source.attest,
             "shipper.order": source.order,
             "shipper.report": source.report,
@@ -139,9 +154,22 @@ class Appliance:
             return {"group": name, "removed": True, "kept_until": None}
         return {"group": name, "removed": True, "kept_until": self._stores.remove(name)}
 
-    def _failover_run(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        with self._source.lifted(str(params.get("group"))):
-            return self._recovery.failover_run(params, progress)
+    def _lifted(self, handler: Handler) -> Handler:
+        """While a group is brought to this host, nothing refuses its guests here."""
+
+        def call(params: dict[str, Any], progress: Progress) -> Any:
+            with self._source.lifted(str(params.get("group"))):
+                return handler(params, progress)
+
+        return call
+
+    def _shown(self, group: str) -> Shown:
+        if group in self._source.names():
+            state = self._source.protection(group).state
+            return Shown("source", state.phase.value, state.generation, state.spec.machines)
+        summary = self._stores.summary(group)
+        machines = tuple((summary.get("spec") or {}).get("machines") or ())
+        return Shown("recovery", summary["mode"], summary["generation"], machines)
 
     def _replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         here = self._source if str(params.get("group")) in self._source.names() else self._stores
@@ -165,7 +193,7 @@ class Appliance:
         del progress
         name = str(params.get("group"))
         if name in self._source.names():
-            return self._source.status(name)
+            return self._source.status(name) | {"handover": self._handovers.told(name)}
         if name in self._stores.names():
             return self._stores.status(name)
         raise NotFound("group", name, known=[*self._source.names(), *self._stores.names()])

@@ -64,6 +64,8 @@ class GroupState(msgspec.Struct, frozen=True):
     moved: tuple[str, ...] = ()
     #: The guests, noted while they are protected: whom to start at the host's boot, and whom to refuse.
     guests: tuple[GuestNote, ...] = ()
+    #: The disks are known to be what the other side holds, though no stream says so: a switchover was rolled back.
+    equal: bool = False
     format: int = FORMAT
 
     def disk(self, number: int) -> DiskState:

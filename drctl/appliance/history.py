@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,29 @@ CHANGING = (
     "test.start",
     "test.stop",
     "failover.run",
+    "failover.hold",
+    "switchover.run",
+    "handover.run",
+    "handover.undo",
+    "rollback",
     "commit",
 )
+#: Methods that change where a group runs: their lines carry a picture of before and after.
+PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")
 #: What of the parameters a line keeps, besides the group.
-DETAILS = ("checkpoint", "kind", "tags", "remove", "machines", "source_is_down", "keep_replica_seconds", "id")
+DETAILS = (
+    "checkpoint",
+    "kind",
+    "tags",
+    "remove",
+    "machines",
+    "source_is_down",
+    "source_seen",
+    "auto",
+    "generation",
+    "keep_replica_seconds",
+    "id",
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +58,9 @@ log = logging.getLogger(__name__)
 class History:
     """The file; every line is durable before the command's answer. Methods may be called from any thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, picture: Callable[[str], dict[str, Any] | None] = lambda _: None) -> None:
         self._path = path
+        self._picture = picture
         self._lock = threading.Lock()
 
     def watch(self, handlers: dict[str, Handler]) -> dict[str, Handler]:
@@ -49,8 +70,8 @@ class History:
         }
         return watched | {"appliance.history": self._answer}
 
-    def note(self, method: str, params: dict[str, Any], outcome: str, problem: str = "") -> None:
-        """Append one line: what was asked, by whom, and `done` or the error's slug."""
+    def note(self, method: str, params: dict[str, Any], outcome: str, problem: str = "", **more: Any) -> None:
+        """Append one line: what was asked, by whom, and `done` or the error's slug; `more` are fields as they are."""
         detail = ", ".join(f"{key} {_plain(params[key])}" for key in DETAILS if params.get(key))
         spec = params.get("spec")
         entry = {
@@ -60,6 +81,7 @@ class History:
             "group": str(params.get("group") or (spec.get("name") if isinstance(spec, dict) else "") or ""),
             "outcome": outcome,
             "detail": "; ".join(part for part in (detail, problem) if part),
+            **{key: value for key, value in more.items() if value is not None},
         }
         try:
             with self._lock, self._path.open("a", encoding="utf-8") as file:
@@ -86,15 +108,20 @@ class History:
 
     def _noted(self, method: str, handler: Handler) -> Handler:
         def call(params: dict[str, Any], progress: Progress) -> Any:
+            before = self._pictured(method, params)
             try:
                 result = handler(params, progress)
             except DrctlError as exc:
-                self.note(method, params, exc.slug, exc.message)
+                after = self._pictured(method, params)
+                self.note(method, params, exc.slug, exc.message, before=before, after=after)
                 raise
-            self.note(method, params, "done")
+            self.note(method, params, "done", before=before, after=self._pictured(method, params))
             return result
 
         return call
+
+    def _pictured(self, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
+        return self._picture(str(params.get("group") or "")) if method in PICTURED else None
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -106,4 +133,6 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
     return " ".join(str(item) for item in value) if isinstance(value, (list, tuple)) else str(value)

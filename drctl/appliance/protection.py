@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,6 +141,13 @@ class Protection:
                 reason = f"superseded: {self._state.spec.recovery} says: {reason}"
                 self._keep(phase=Phase.FAILED_OVER, reason=reason, desired=Desired.STOPPED)
                 log.error("%s: %s", self._state.spec.name, reason)
+        self.wake()
+
+    def change(self, change: Callable[[GroupState], GroupState]) -> None:
+        """Let a handover make another state of it; durable when this returns."""
+        with self._lock:
+            self._state = change(self._state)
+            self._keep()
         self.wake()
 
     # -- the loop ---------------------------------------------------------------------------------------------------

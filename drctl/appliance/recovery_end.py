@@ -18,7 +18,7 @@ def take_down(tools: Tools, steps: Steps) -> None:
     recovery = steps.recovery
     recovery.phase = RecoveryPhase.STOPPING
     steps.save()
-    failures = [failure for machine in recovery.machines if (failure := _stop(tools, machine))]
+    failures = [failure for machine in recovery.machines if (failure := stop_machine(tools, machine))]
     if failures:
         raise StepFailed(f"{recovery.id} can't be taken down: {'; '.join(failures)}", hint="stop it by hand and retry")
     tools.views.end(recovery)
@@ -31,8 +31,8 @@ def take_down(tools: Tools, steps: Steps) -> None:
     steps.save()
 
 
-def _stop(tools: Tools, machine: RecoveredMachine) -> str:
-    """What went wrong, or nothing."""
+def stop_machine(tools: Tools, machine: RecoveredMachine) -> str:
+    """Pull its plug, if it is ours; what went wrong, or nothing."""
     try:
         if is_ours(tools, machine):
             tools.hypervisor.destroy(machine.recovery_name)

@@ -57,7 +57,7 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
         "checkpoint": asdict(chosen),
         "loss_seconds": age,
         "generation": record.generation,
-        "source": {"site": source.source_site, "host": source.source_host, "reachable": None, "fenced": False},
+        "source": source_of(tools, record.group, source),
         "machines": [
             {
                 "name": machine.name,
@@ -72,6 +72,18 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
         "networks": [list(pair) for pair in source.spec.networks],
         "space": {"commit_bytes": sum(held.values()), "free_bytes": tools.images.free(tools.room.images)},
         "findings": findings,
+    }
+
+
+def source_of(tools: Tools, group: str, source: Recoverable) -> dict[str, Any]:
+    """What this site knows of the source by itself: a stream that stands proves that it lives, silence nothing."""
+    heard = tools.sources.heard(group)
+    return {
+        "site": source.source_site,
+        "host": source.source_host,
+        "reachable": True if heard is not None and heard.connected else None,
+        "silent_seconds": heard.seconds_ago if heard is not None else None,
+        "fenced": False,
     }
 
 

@@ -10,6 +10,7 @@ from drctl.appliance.recovery import Recovery
 from drctl.appliance.recovery_definitions import LibvirtDefinitions
 from drctl.appliance.recovery_images import QemuImages
 from drctl.appliance.recovery_ports import Room, Tools
+from drctl.appliance.recovery_sources import ReceiverSources
 from drctl.appliance.recovery_state import RecoveryFiles
 from drctl.appliance.recovery_store import GroupStores
 from drctl.appliance.recovery_views import Spawner, ViewProcesses
@@ -40,6 +41,7 @@ def open_recovery(home: Path, run: Path, hypervisor: Hypervisor, spawner: Spawne
         stores=GroupStores(stores),
         images=QemuImages(),
         views=views,
+        sources=ReceiverSources(run / "receiver.sock"),
         definitions=LibvirtDefinitions(views),
         clock=SystemClock(),
         room=Room(home / "scratch", home / "images", SCRATCH_RESERVE),

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drctl.appliance.recovery_ports import Recoverable, RecoverableMachine, Rewritten, Room, Tools
+from drctl.appliance.recovery_ports import Heard, Recoverable, RecoverableMachine, Rewritten, Room, Tools
 from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
 from drctl.errors import HypervisorRefused, NotFound, StepFailed
-from drctl.model.checkpoint import Checkpoint, CheckpointKind
+from drctl.model.checkpoint import Checkpoint, CheckpointKind, resolve
 from drctl.model.extent import GiB, MiB
 from drctl.model.group import GroupDisk, GroupSpec
 from drctl.model.machine import Machine, MachineState
@@ -217,15 +217,16 @@ class MemoryStores:
     def __init__(self, world: MemoryWorld) -> None:
         self._world = world
         self.reign_of: dict[str, int] = {"erp": 1}
+        self.failed_over: set[str] = set()
         self.pins: dict[str, int] = {}
         self.listed = [Checkpoint(n, 999_990.0 + n, CheckpointKind.CRASH, "0" * 32, 1, n * 10) for n in range(1, 4)]
 
     def groups(self) -> list[str]:
         return sorted(self.reign_of)
 
-    def checkpoints(self, group: str) -> Sequence[Checkpoint]:
+    def choose(self, group: str, selector: str, now: float) -> Checkpoint:
         self.generation(group)
-        return self.listed
+        return resolve(selector, self.listed, now)
 
     def recoverable(self, group: str, checkpoint: int) -> Recoverable:
         self.generation(group)
@@ -247,6 +248,12 @@ class MemoryStores:
     def reign(self, group: str, generation: int) -> None:
         with self._world.effects.effect(f"reign {group} {generation}"):
             self.reign_of[group] = max(self.reign_of[group], generation)
+            self.failed_over.add(group)
+
+    def give_back(self, group: str, generation: int) -> None:
+        with self._world.effects.effect(f"give back {group} {generation}"):
+            self.reign_of[group] = max(self.reign_of[group], generation)
+            self.failed_over.discard(group)
 
     def pin(self, group: str, pin: str, checkpoint: int, epoch: str) -> None:
         with self._world.effects.effect(f"pin {checkpoint}"):
@@ -258,6 +265,17 @@ class MemoryStores:
 
     def allocated(self, group: str, checkpoint: int) -> Mapping[str, int]:
         return {"db.vda": MiB // 2, "db.vdb": 0, "web.vda": MiB // 4}
+
+
+class MemorySources:
+    """What the link would tell of the source: silent unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.told: Heard | None = Heard(connected=False)
+
+    def heard(self, group: str) -> Heard | None:
+        del group
+        return self.told
 
 
 class MemoryImages:
@@ -352,6 +370,7 @@ class MemoryWorld:
         self.clock = MemoryClock()
         self.hypervisor = MemoryHypervisor(self)
         self.stores = MemoryStores(self)
+        self.sources = MemorySources()
         self.images = MemoryImages(self)
         self.views = MemoryViews(self)
         self._uuids = itertools.count(1)
@@ -365,6 +384,7 @@ class MemoryWorld:
             stores=self.stores,
             images=self.images,
             views=self.views,
+            sources=self.sources,
             definitions=MemoryDefinitions(),
             clock=self.clock,
             room=Room(Path("/home/scratch"), Path("/home/images"), GiB),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,9 @@ class Stores(Protocol):
 
     def groups(self) -> list[str]: ...
 
-    def checkpoints(self, group: str) -> Sequence[Checkpoint]: ...
+    def choose(self, group: str, selector: str, now: float) -> Checkpoint:
+        """The checkpoint that a selector names (see model.checkpoint.resolve), found without reading them all."""
+        ...
 
     def recoverable(self, group: str, checkpoint: int) -> Recoverable: ...
 
@@ -58,12 +60,33 @@ class Stores(Protocol):
         """From now on nothing of a lower generation is accepted. Durable; nothing happens when it is so already."""
         ...
 
+    def give_back(self, group: str, generation: int) -> None:
+        """Take streams of `generation` again, and of no lower one. Durable; may be repeated."""
+        ...
+
     def pin(self, group: str, pin: str, checkpoint: int, epoch: str) -> None: ...
 
     def unpin(self, group: str, pin: str) -> None: ...
 
     def allocated(self, group: str, checkpoint: int) -> Mapping[str, int]:
         """Bytes that hold data, per disk name (MACHINE.TARGET)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What the link tells of a group's source: whether its stream stands now, and the seconds since it last spoke
+    (None: not since the receiver was started)."""
+
+    connected: bool
+    seconds_ago: float | None = None
+
+
+class Sources(Protocol):
+    """The sources of the groups replicated to this host, as far as the link knows."""
+
+    def heard(self, group: str) -> Heard | None:
+        """None when the receiver does not answer."""
         ...
 
 
@@ -148,6 +171,7 @@ class Tools:
     stores: Stores
     images: Images
     views: Views
+    sources: Sources
     definitions: Definitions
     clock: Clock
     room: Room

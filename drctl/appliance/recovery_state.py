@@ -1,4 +1,4 @@
-"""Recoveries as durable objects: tests and failovers, each a JSON file. Knows no hypervisor, no store, no process.
+"""Recoveries as durable objects: tests, failovers and switchovers, each a JSON file. Knows no store, no process.
 
 A recovery's file is written before what it announces is done and again after, so whoever reads it after a crash knows
 what may exist and looks. Times are wall seconds since the epoch (UTC) of this host's clock."""
@@ -23,32 +23,37 @@ FORMAT = 1
 class RecoveryKind(StrEnum):
     TEST = "test"
     FAILOVER = "failover"
+    SWITCHOVER = "switchover"
 
 
 class RecoveryPhase(StrEnum):
     """The life of a recovery.
 
-    starting    steps are being done; a supervisor that finds it goes on
-    running     every machine runs or has failed with a reason; the view is guarded
-    committing  disks are localized under the running guests
-    committed   every disk stands alone, the view is gone; nothing is guarded any more
-    stopping    everything is being removed
-    ended       nothing of it is left but this record
+    starting      steps are being done; a supervisor that finds it goes on
+    running       every machine runs or has failed with a reason; the view is guarded
+    committing    disks are localized under the running guests
+    committed     every disk stands alone, the view is gone; nothing is guarded any more
+    rolling-back  its machines are being stopped, and the reign given back
+    rolled-back   the group does not reign here any more; the overlays are kept for a while
+    stopping      everything is being removed
+    ended         nothing of it is left but this record
     """
 
     STARTING = "starting"
     RUNNING = "running"
     COMMITTING = "committing"
     COMMITTED = "committed"
+    ROLLING_BACK = "rolling-back"
+    ROLLED_BACK = "rolled-back"
     STOPPING = "stopping"
     ENDED = "ended"
 
 
 #: Phases in which a view stands under guests, so that it must be guarded.
 GUARDED = frozenset({RecoveryPhase.STARTING, RecoveryPhase.RUNNING, RecoveryPhase.COMMITTING})
-#: Phases that a new supervisor must go on with.
-UNFINISHED = frozenset({RecoveryPhase.STARTING, RecoveryPhase.COMMITTING, RecoveryPhase.STOPPING})
-LIVE = GUARDED | {RecoveryPhase.STOPPING}
+#: Phases in which it is being taken down; a new supervisor goes on with that.
+ENDING = frozenset({RecoveryPhase.STOPPING, RecoveryPhase.ROLLING_BACK})
+LIVE = GUARDED | ENDING
 
 
 class MachinePhase(StrEnum):
@@ -93,12 +98,27 @@ class RecoveredMachine:
     stalls: int = 0
 
 
+class AutoAction(StrEnum):
+    COMMIT = "commit"
+    ROLLBACK = "rollback"
+
+
+@dataclass(slots=True)
+class Auto:
+    """What the appliance does by itself at `due` (wall seconds), unless `cancelled` says why not."""
+
+    action: AutoAction
+    due: float
+    cancelled: str = ""
+
+
 @dataclass(slots=True)
 class RecoveryRecord:
-    """A test or a failover of a group at one checkpoint. Invariant: `checkpoint` is pinned while the phase is guarded.
+    """A test, failover or switchover of a group at one checkpoint. Invariant: `checkpoint` is pinned while the phase
+    is guarded.
 
-    `generation` is the one that this failover reigns with, 0 for a test. `boot` is the host's boot when its
-    machines were started: another one means that the host has restarted since."""
+    `generation` is the one that it reigns with, 0 for a test; `given_back` the one that a rollback left behind. `boot`
+    is the host's boot when its machines were started: another one means that the host has restarted since."""
 
     id: str
     kind: RecoveryKind
@@ -112,6 +132,8 @@ class RecoveryRecord:
     phase: RecoveryPhase = RecoveryPhase.STARTING
     reason: str = ""
     source_is_down: str = ""
+    given_back: int = 0
+    auto: Auto | None = None
     boot: str = ""
     scratch_limit: int = 0
     view_restarts: int = 0
@@ -148,8 +170,8 @@ class RecoveryRecord:
         return 40 if failed == len(self.machines) else 3
 
     def state(self) -> str:
-        """One word for the operator: `starting`, `running`, `partly`, `failed`, `committing`, `committed`, `stopping`,
-        `stopped`."""
+        """One word for the operator: `starting`, `running`, `partly`, `failed`, `committing`, `committed`,
+        `rolling-back`, `rolled-back`, `stopping`, `stopped`."""
         if self.phase is RecoveryPhase.RUNNING:
             return {0: "running", 3: "partly", 40: "failed"}[self.exit_code()]
         return "stopped" if self.phase is RecoveryPhase.ENDED else self.phase.value

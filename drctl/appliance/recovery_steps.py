@@ -20,7 +20,6 @@ from drctl.appliance.recovery_state import (
     RecoveryRecord,
 )
 from drctl.errors import DrctlError, Interrupted, NotFound, StepFailed
-from drctl.model.checkpoint import resolve
 from drctl.model.machine import MachineState
 
 #: Machines brought up at once: enough to hide each one's wait, few enough not to swamp a host in a disaster.
@@ -64,8 +63,7 @@ class Steps:
         if not recovery.test:
             self._step("reign", lambda: stores.reign(recovery.group, recovery.generation))
         if "chosen" not in recovery.times:
-            found = resolve(recovery.selector, stores.checkpoints(recovery.group), self.recovery.times["ordered"])
-            recovery.choose(found)
+            recovery.choose(stores.choose(recovery.group, recovery.selector, recovery.times["ordered"]))
         source = stores.recoverable(recovery.group, recovery.checkpoint)
         if "chosen" not in recovery.times:
             self._plan_machines(source)

@@ -29,9 +29,9 @@ class GroupStores:
     def groups(self) -> list[str]:
         return sorted(path.parent.name for path in self._directory.glob("*/group.json"))
 
-    def checkpoints(self, group: str) -> Sequence[Checkpoint]:
+    def choose(self, group: str, selector: str, now: float) -> Checkpoint:
         with self.open(group) as store:
-            return store.checkpoints()
+            return store.choose(selector, now)
 
     def recoverable(self, group: str, checkpoint: int) -> Recoverable:
         """Raises PreconditionFailed when no definition came with the checkpoint: then only its disks can be had."""
@@ -54,6 +54,12 @@ class GroupStores:
         with self.open(group) as store:
             store.set_generation(generation)
             store.set_mode(StoreMode.FAILED_OVER)
+
+    def give_back(self, group: str, generation: int) -> None:
+        """The generation first, as in `reign`: whoever is refused by the mode meanwhile is refused by it afterwards."""
+        with self.open(group) as store:
+            store.set_generation(generation)
+            store.set_mode(StoreMode.JOURNAL)
 
     def pin(self, group: str, pin: str, checkpoint: int, epoch: str) -> None:
         with self.open(group) as store:

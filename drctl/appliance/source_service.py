@@ -82,6 +82,10 @@ class SourceService:
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
+    def protection(self, group: str) -> Protection:
+        """Raises NotFound."""
+        return self._protection({"group": group})
+
     def names(self) -> list[str]:
         return sorted(self._protections)
 

@@ -55,7 +55,9 @@ COMMANDS = {
     "checkpoint": Entry("checkpoint", "Points in time that a group can be recovered to."),
     "test": Entry("test", "Boot a group in isolation, while replication goes on."),
     "failover": Entry("failover", "Recover a group at the other site after a disaster."),
-    "commit": Entry("commit", "Make a failover final: its disks stand alone afterwards."),
+    "switchover": Entry("switchover", "Move a group to its recovery site without loss."),
+    "commit": Entry("commit", "Make a failover or switchover final: its disks stand alone afterwards."),
+    "rollback": Entry("rollback", "Undo a failover or switchover that is not committed."),
     "lab": Entry("lab", "Two real libvirt sites on this machine, to try everything."),
 }
 

@@ -55,7 +55,7 @@ def show(
 ) -> None:
     """Show one checkpoint, and what a recovery to it would lose."""
     context = begin(ctx, output)
-    found = points.choose(context, points.fetch(context, side(context, group, "recovery"), group), checkpoint)
+    found = points.pick(context, side(context, group, "recovery"), group, checkpoint)
     now = context.clock.time()
     if context.screen.as_json:
         context.document("checkpoint", group=group, checkpoint=points.as_json(found, now))
@@ -125,7 +125,7 @@ def tag(
     """Name a checkpoint; it is kept as long as it has a name."""
     context = begin(ctx)
     host = side(context, group, "recovery")
-    found = points.choose(context, points.fetch(context, host, group), checkpoint)
+    found = points.pick(context, host, group, checkpoint)
     verb = "untag" if remove else "tag"
     left = [name for name in names if (name in found.tags) is remove]
     if not left:
@@ -151,7 +151,7 @@ def verify(
     Exits with 31 when something is damaged."""
     context = begin(ctx, output)
     host = side(context, group, "recovery")
-    found = points.choose(context, points.fetch(context, host, group), checkpoint)
+    found = points.pick(context, host, group, checkpoint)
     with context.screen.bar(f"verify #{found.number}") as update:
         result = context.call(
             host,

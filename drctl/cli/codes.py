@@ -42,7 +42,7 @@ _ADVICE = {
     "already-exists": "It is there already. A machine belongs to one group: drctl vm list shows which.",
     "locked": "Another drctl works on the same group. Wait for it, or see drctl status.",
     "refused": "A guard protects your data. Read what it asks for; give it only when you know that it is true.",
-    "source-alive": "Look at the source: drctl status GROUP. While it lives, move without loss: drctl switchover GROUP.",
+    "source-alive": "Look at the source: drctl status GROUP. While it lives, move without loss: drctl switchover.",
     "host-unreachable": "Is the hypervisor up, and does the login work? drctl doctor looks closer.",
     "hypervisor-refused": "The hypervisor said no; its own words are in the message.",
     "appliance-unreachable": "Is the service running on that host? systemctl status drctl there; drctl doctor here.",

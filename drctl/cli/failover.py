@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from drctl.cli import points, recovery, render
+from drctl.cli import auto, pictures, points, recovery, render
 from drctl.cli.confirm import confirm_name
 from drctl.cli.context import Context
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Selector, Yes, begin, examples, noun
-from drctl.errors import PreconditionFailed, Refused
+from drctl.errors import PreconditionFailed, Refused, SourceAlive
 from drctl.model.site import Host
 
 app = noun("Recover a group at the other site after a disaster.")
@@ -25,6 +26,7 @@ CANDIDATES = 20
         "drctl failover web --candidates",
         "drctl failover web --dry-run",
         'drctl failover web --source-is-down "fire in hall 2"',
+        'drctl failover web --source-is-down "fire in hall 2" --auto rollback --after 4h',
         "drctl failover web --checkpoint -30m --source-is-down ransomware --confirm web --yes",
     )
 )
@@ -38,6 +40,9 @@ def failover(
     source_is_down: Annotated[
         str, typer.Option("--source-is-down", metavar="REASON", help="Say why the source can't run; it is recorded.")
     ] = "",
+    auto_action: auto.Auto = None,
+    after: auto.After = None,
+    cancel_auto: auto.CancelAuto = False,
     dry_run: DryRun = False,
     confirm: Confirm = "",
     yes: Yes = False,
@@ -47,58 +52,98 @@ def failover(
 
     What was written at the source after that checkpoint is lost; the loss is shown before anything is asked. The old
     source may neither run nor replicate afterwards. The group's name has to be typed, or given by --confirm: --yes
-    alone does not start a failover. Neither the other site nor a configuration is needed for it.
+    alone does not start a failover. Neither the other site nor a configuration is needed for it. A source that answers
+    and runs the group is no disaster: without --source-is-down that is refused with 15 (see drctl switchover).
 
     One machine's failure does not stop the others: exits with 3 when some failed, with 40 when none runs (42 from a
     dry run that forecasts it). Given again, it goes on with what has failed."""
     context = begin(ctx, output)
+    order = {"checkpoint": checkpoint, "source_is_down": source_is_down, "auto": auto.given(auto_action, after)}
     inventory = take_inventory(context)
     host = side(context, group, "recovery", inventory)
     if candidates:
         _candidates(context, host, group)
         return 0
-    if (standing := _standing(context, host, group)) is not None:
-        context.screen.say(f"{group} is failed over to {host.site}/{host.name} already")
-        return _finish(context, standing)
-    plan = context.call(host, "failover.plan", group=group, checkpoint=checkpoint, timeout=60)
-    found = points.decode(plan["checkpoint"])
-    _show_plan(context, host, plan)
-    _warn_of_source(context, inventory, group)
-    if dry_run:
-        if context.screen.as_json:
-            context.document("failover-plan", plan=plan)
-        context.screen.say("dry run: nothing was changed")
-        return _forecast(plan, group)
-    _check(plan, group, source_is_down)
-    confirm_name(context.screen, group, typed=confirm)
-    result = context.call(
-        host,
-        "failover.run",
-        group=group,
-        checkpoint=points.settle(checkpoint, found),
-        source_is_down=source_is_down,
-        confirmed=group,
-        on_progress=recovery.narrator(context),
-        timeout=recovery.RUN_TIMEOUT,
-    )
-    return _finish(context, result)
-
-
-def _standing(context: Context, host: Host, group: str) -> dict[str, Any] | None:
-    """The failover of this group that runs here with all its machines, or is final; None when there is work to do."""
+    if cancel_auto:
+        return auto.cancel(context, host, group, "failover")
     status = context.call(host, "group.status", group=group, role="recovery", timeout=READ_TIMEOUT)
-    if status.get("mode") != "failed-over":
-        return None
-    recoveries = [one for one in status.get("recoveries") or [] if one.get("kind") == "failover"]
-    newest = max(recoveries, key=lambda one: (one.get("generation") or 0, one.get("started") or 0), default=None)
-    done = newest is not None and newest.get("state") in ("running", "committing", "committed")
-    return dict(newest) if newest and done else None
+    if (standing := recovery.standing(status)) is not None:
+        context.screen.say(f"{group} is failed over to {host.site}/{host.name} already")
+        picture = pictures.take(context, inventory, group)
+        return _finish(context, standing, before=picture, after=picture)
+    forecast = _Forecast.made(context, inventory, host, group, checkpoint)
+    if dry_run:
+        return forecast.leave_it_at_that()
+    forecast.check(source_is_down)
+    confirm_name(context.screen, group, typed=confirm)
+    return forecast.carry_out(order)
 
 
-def _finish(context: Context, result: dict[str, Any]) -> int:
-    code = recovery.show(context, "failover", result)
+@dataclass(frozen=True, slots=True)
+class _Forecast:
+    """What a failover would do, as it was shown to the operator: `plan` by the recovery site, `seen` of the source."""
+
+    context: Context
+    inventory: Inventory
+    host: Host
+    group: str
+    plan: dict[str, Any]
+    seen: dict[str, Any]
+    before: list[dict[str, Any]]
+
+    @classmethod
+    def made(cls, context: Context, inventory: Inventory, host: Host, group: str, checkpoint: str) -> _Forecast:
+        """Ask both sides, and say it all."""
+        plan = context.call(host, "failover.plan", group=group, checkpoint=checkpoint, timeout=60)
+        before = pictures.take(context, inventory, group)
+        pictures.show(context, "before", before)
+        seen = _look_at_source(inventory, plan, before, group)
+        _show_plan(context, host, plan, seen)
+        return cls(context, inventory, host, group, plan, seen, before)
+
+    def leave_it_at_that(self) -> int:
+        """A dry run's end: its document, and its exit code."""
+        if self.context.screen.as_json:
+            self.context.document("failover-plan", plan=self.plan, source=self.seen, before=self.before)
+        self.context.screen.say("dry run: nothing was changed")
+        return _forecast(self.plan, self.group)
+
+    def check(self, source_is_down: str) -> None:
+        """Raises SourceAlive when the source runs the group, Refused when it may."""
+        place, words = self.seen["place"], self.seen["words"]
+        if _alive(self.seen) and not source_is_down:
+            raise SourceAlive(
+                f"the source {place} of {self.group} {words}",
+                hint=f"to move it without loss: drctl switchover {self.group}; if it has to be cut off as it stands, "
+                'say why: --source-is-down "REASON"',
+                group=self.group,
+            )
+        if not ((self.plan.get("source") or {}).get("fenced") or source_is_down):
+            raise Refused(
+                f"the source of {self.group} is not known to be down: two copies of a machine must never run",
+                hint='when you know that it is: --source-is-down "REASON" (it is recorded)',
+                group=self.group,
+            )
+
+    def carry_out(self, order: dict[str, Any]) -> int:
+        """Boot it; the exit code. It goes to the checkpoint that was shown, or a newer one where that was `latest`."""
+        context, group = self.context, self.group
+        shown = points.settle(str(order["checkpoint"]), points.decode(self.plan["checkpoint"]))
+        params = order | {"checkpoint": shown, "confirmed": group, "source_seen": self.seen["words"]}
+        narrator = recovery.narrator(context)
+        result = context.call(
+            self.host, "failover.run", group=group, on_progress=narrator, timeout=recovery.RUN_TIMEOUT, **params
+        )
+        after = pictures.take(context, self.inventory, group)
+        pictures.show(context, "after", after)
+        return _finish(context, result, before=self.before, after=after)
+
+
+def _finish(context: Context, result: dict[str, Any], **more: Any) -> int:
+    code = recovery.show(context, "failover", result, **more)
     if result.get("state") in ("running", "partly"):
-        context.screen.say(f"when the service is healthy: drctl commit {result['group']}")
+        group = result["group"]
+        context.screen.say(f"when the service is healthy: drctl commit {group}; to undo it: drctl rollback {group}")
     return code
 
 
@@ -118,16 +163,45 @@ def _candidates(context: Context, host: Host, group: str) -> None:
         )
 
 
-def _show_plan(context: Context, host: Host, plan: dict[str, Any]) -> None:
+def _look_at_source(
+    inventory: Inventory, plan: dict[str, Any], before: list[dict[str, Any]], group: str
+) -> dict[str, Any]:
+    """What is known of the source, by its own word or by its stream: {place, reachable, running, words}.
+
+    `reachable` is None where nobody could ask it. The operator may see a source that the recovery site can't see, and
+    the other way round: a broken link is no disaster."""
+    told = plan.get("source") or {}
+    place = f"{told.get('site')}/{told.get('host')}"
+    known = inventory.find(group, "source")
+    if known is not None:
+        place = f"{known.host.site}/{known.host.name}"
+        running = pictures.running_at_source(before)
+        words = f"answers, and the group is {known.state} there; " + (
+            f"{', '.join(running)} run there" if running else "none of its machines runs there"
+        )
+        return {"place": place, "reachable": True, "running": running, "words": words}
+    if told.get("reachable"):
+        words = "is alive: its stream reaches the recovery site at this moment"
+        return {"place": place, "reachable": True, "running": None, "words": words}
+    if told.get("silent_seconds") is not None:
+        words = f"was last heard {render.duration(told['silent_seconds'])} ago"
+    else:
+        words = "has not been heard since the receiver was started"
+    asked = [answer for answer in inventory.silent if answer.host.site == told.get("site")]
+    words += "; it does not answer this machine" if asked else "; this machine can't ask it"
+    return {"place": place, "reachable": False if asked else None, "running": None, "words": words}
+
+
+def _show_plan(context: Context, host: Host, plan: dict[str, Any], seen: dict[str, Any]) -> None:
     say = context.screen.say
     source = plan.get("source") or {}
     say(f"failover of {plan['group']} to {host.site}/{host.name}, generation {render.word(plan.get('generation'))}")
     say(f"  checkpoint {points.spell(points.decode(plan['checkpoint']), context.clock.time())}")
     say(f"  loss: {render.duration(plan.get('loss_seconds'))} at most, what the source wrote after the checkpoint")
     # Fencing is not asked about where nothing can be said: it only matters when it is there.
-    place = f"{source.get('site')}/{source.get('host')}"
-    reachable = {True: "answers", False: "does not answer", None: "was not asked"}[source.get("reachable")]
-    say(f"  source {place} {reachable}" + (", and is fenced" if source.get("fenced") else ""))
+    say(f"  source {seen['place']} {seen['words']}" + (", and is fenced" if source.get("fenced") else ""))
+    if _alive(seen):
+        say("  WARNING: if its machines run on there will be two of each, and what those at the source write is lost")
     for machine in plan.get("machines") or []:
         disks = machine.get("disks") or []
         total = sum(disk.get("size") or 0 for disk in disks)
@@ -152,27 +226,9 @@ def _findings(plan: dict[str, Any]) -> list[str]:
     return lines + [f"note: {', '.join(filter(None, names))}: {message}" for message, names in shared.items()]
 
 
-def _warn_of_source(context: Context, inventory: Inventory, group: str) -> None:
-    """The operator may see a source that the recovery site can't see: a broken link is no disaster."""
-    source = inventory.find(group, "source")
-    if source is not None and source.state != "failed-over":
-        place = f"{source.host.site}/{source.host.name}"
-        context.screen.say(
-            f"  WARNING: the source {place} answers this machine, and the group is {source.state} there."
-        )
-        context.screen.say(
-            "  If its machines run on there will be two of each, and what those at the source write is lost."
-        )
-
-
-def _check(plan: dict[str, Any], group: str, source_is_down: str) -> None:
-    """Raises Refused when the source may still run."""
-    if not ((plan.get("source") or {}).get("fenced") or source_is_down):
-        raise Refused(
-            f"the source of {group} is not known to be down: two copies of a machine must never run",
-            hint='when you know that it is: --source-is-down "REASON" (it is recorded)',
-            group=group,
-        )
+def _alive(seen: dict[str, Any]) -> bool:
+    """The source answers and some machine of the group runs there, or its stream stands."""
+    return bool(seen["reachable"]) and seen["running"] != []
 
 
 def _forecast(plan: dict[str, Any], group: str) -> int:

@@ -13,7 +13,15 @@ from drctl.cli.options import Format, MaybeGroup, Output, begin, examples, noun
 app = noun("Show what was changed, when and by whom.")
 
 #: What people gave as a command for a method; the others are called `noun verb`, as their methods.
-_COMMANDS = {"group.put": "apply", "group.remove": "group delete", "failover.run": "failover"}
+_COMMANDS = {
+    "group.put": "apply",
+    "group.remove": "group delete",
+    "failover.run": "failover",
+    "failover.hold": "failover --cancel-auto",
+    "switchover.run": "switchover (boot)",
+    "handover.run": "switchover (hand over)",
+    "handover.undo": "rollback (take back)",
+}
 
 
 @app.command(epilog=examples("drctl history", "drctl history web --last 100 --output json"))

@@ -9,8 +9,12 @@ import typer
 
 from drctl.cli import render
 from drctl.cli.context import Context
-from drctl.model.checkpoint import Checkpoint, CheckpointKind, resolve
+from drctl.errors import NotFound
+from drctl.model.checkpoint import Checkpoint, CheckpointKind, checkpoint_moment, checkpoint_number, resolve
 from drctl.model.site import Host
+
+#: Finding one among half a million is quick; opening a store on a busy host may not be.
+CHOOSE_TIMEOUT = 30.0
 
 
 def decode(row: dict[str, Any]) -> Checkpoint:
@@ -40,6 +44,26 @@ def choose(context: Context, checkpoints: Sequence[Checkpoint], selector: str) -
         checkpoint = resolve(selector, checkpoints, context.clock.time())
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
+    context.screen.say(f"checkpoint {selector}: {spell(checkpoint, context.clock.time())}")
+    return checkpoint
+
+
+def pick(context: Context, host: Host, group: str, selector: str) -> Checkpoint:
+    """The same, chosen by the recovery site among all that it has: no list of them comes over. Raises as `choose`.
+
+    A moment like -10m is counted by that site's clock."""
+    if selector != "latest" and not selector.startswith("tag:") and checkpoint_number(selector) is None:
+        try:
+            checkpoint_moment(selector, context.clock.time())
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from exc
+    try:
+        row = context.call(host, "checkpoint.choose", group=group, checkpoint=selector, timeout=CHOOSE_TIMEOUT)
+    except NotFound as exc:
+        if exc.fields.get("kind") != "method":
+            raise
+        return choose(context, fetch(context, host, group), selector)  # an older appliance
+    checkpoint = decode(row)
     context.screen.say(f"checkpoint {selector}: {spell(checkpoint, context.clock.time())}")
     return checkpoint
 

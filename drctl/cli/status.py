@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from drctl.cli import render
+from drctl.cli import recovery, render
 from drctl.cli.context import Context
 from drctl.cli.diagnosis import SKEW_WARNING
 from drctl.cli.inventory import Answer, Inventory, Place, ask, in_parallel, take_inventory
@@ -70,8 +70,8 @@ def draw(context: Context, inventory: Inventory, groups: Sequence[str]) -> tuple
     places = [inventory.find(group, role) for group in groups for role in ("source", "recovery")]
     answers = in_parallel(lambda place: _ask(context, place), places)
     pictures = []
-    for group, place, source, recovery in zip(groups, _pairs(places), answers[::2], answers[1::2], strict=True):
-        merged = merge(group, _result(source), _result(recovery), context.clock.time())
+    for group, place, source, target in zip(groups, _pairs(places), answers[::2], answers[1::2], strict=True):
+        merged = merge(group, _result(source), _result(target), context.clock.time())
         told = merged.pop("told_source")
         pictures.append(merged | {"source": _where(place[0]) or told, "recovery": _where(place[1])})
     return pictures, [answer for answer in answers if answer is not None and answer.failed]
@@ -182,11 +182,11 @@ def _details(context: Context, picture: dict[str, Any]) -> None:
     context.screen.table(("machine", "state", "disk", "size", "replication"), disks, _no_machines(picture))
     if picture["recoveries"]:
         rows = [
-            (item["id"], item["kind"], item["state"], render.moment(item.get("started")))
+            (item["id"], item["kind"], item["state"], render.moment(item.get("started")), recovery.by_itself(item))
             for item in picture["recoveries"]
         ]
         context.screen.line()
-        context.screen.table(("recovery", "kind", "state", "started"), rows, "")
+        context.screen.table(("recovery", "kind", "state", "started", "by itself"), rows, "")
 
 
 def _no_machines(picture: dict[str, Any]) -> str:

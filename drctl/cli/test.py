@@ -33,7 +33,7 @@ def start(
     Exits with 3 when some machines failed, with 40 when none runs."""
     context = begin(ctx, output)
     host = side(context, group, "recovery")
-    found = points.choose(context, points.fetch(context, host, group), checkpoint)
+    found = points.pick(context, host, group, checkpoint)
     who = ", ".join(machine) if machine else "all machines"
     steps = [f"boot {who} of {group} at {host.site}/{host.name} in isolation, as of #{found.number}"]
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question="Start the test?"):

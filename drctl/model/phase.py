@@ -38,6 +38,7 @@ class Event(StrEnum):
     FAULT = "fault"
     STOP = "stop"
     SUPERSEDED = "superseded"
+    TAKEN_BACK = "taken-back"
 
 
 _TABLE: dict[Phase, dict[Event, Phase]] = {
@@ -61,7 +62,8 @@ _TABLE: dict[Phase, dict[Event, Phase]] = {
     },
     Phase.PAUSED: {Event.RESUME: Phase.CATCHING_UP, Event.PAUSE: Phase.PAUSED},
     Phase.BROKEN: {Event.RESUME: Phase.CATCHING_UP, Event.START: Phase.SYNCING},
-    Phase.FAILED_OVER: {},
+    # Only after the other side has given the reign back, under a generation higher than both had.
+    Phase.FAILED_OVER: {Event.TAKEN_BACK: Phase.CATCHING_UP},
 }
 
 

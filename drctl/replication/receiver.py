@@ -62,6 +62,8 @@ class Receiver:
         self._writers: dict[str, GroupWriter] = {}
         self._sessions: dict[str, tuple[ReceiverSession, asyncio.Task[None]]] = {}
         self._errors: dict[str, dict[str, Any]] = {}
+        #: When each group's source last spoke, wall clock in ns: a failover wants to know.
+        self._heard: dict[str, int] = {}
         self._rejected: deque[dict[str, Any]] = deque(maxlen=50)
         self._rejections = 0
         self._stopping = asyncio.Event()
@@ -114,6 +116,7 @@ class Receiver:
             self._errors[hello.group] = {**exc.as_dict(), "wall_ns": time.time_ns()}
             log.warning("%s: %s", hello.group, exc)
         finally:
+            self._heard[hello.group] = session.heard_wall_ns
             if self._sessions.get(hello.group, (None,))[0] is session:
                 del self._sessions[hello.group]
 
@@ -164,6 +167,7 @@ class Receiver:
         told: dict[str, Any] = {
             "connected": name in self._sessions,
             "released": writer.released if writer else False,
+            "heard_wall_ns": self._sessions[name][0].heard_wall_ns if name in self._sessions else self._heard.get(name),
             "error": self._errors.get(name),
             "maintenance": self._maintenance.status(name),
             "journal_bytes": writer.journal_bytes() if writer else None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from drctl.cli.points import decode
 from drctl.errors import ApplianceUnreachable, NotFound, WrongPhase
+from drctl.model.checkpoint import resolve
 
 NOW = 1_800_000_000.0
 
@@ -78,6 +80,7 @@ class FakeAppliance:
         self.checkpoints: list[dict[str, Any]] = []
         self.tests: list[dict[str, Any]] = []
         self.failovers: list[dict[str, Any]] = []
+        self.handover: dict[str, Any] | None = None
 
     def call(
         self,
@@ -223,6 +226,26 @@ class FakeAppliance:
     def _checkpoint_list(self, _: dict[str, Any]) -> list[dict[str, Any]]:
         return self.checkpoints
 
+    def _checkpoint_choose(self, params: dict[str, Any]) -> dict[str, Any]:
+        rows = {row["number"]: row for row in self.checkpoints}
+        found = resolve(params["checkpoint"], [decode(row) for row in self.checkpoints], NOW)
+        return rows[found.number]
+
+    def _group_picture(self, params: dict[str, Any]) -> dict[str, Any]:
+        row = next(row for row in self._group_list({}) if row["group"] == params["group"])
+        role = row["role"]
+        state = row["phase"] if role == "source" else "failed-over" if self.failovers else "journal"
+        here = "running" if (role == "source") is (state != "failed-over") else "absent"
+        machines = [{"name": name, "state": here} for name in row["spec"]["machines"]]
+        return {
+            "site": self.site,
+            "host": self.host,
+            "role": role,
+            "state": state,
+            "generation": 1,
+            "machines": machines,
+        }
+
     def _checkpoint_create(self, params: dict[str, Any]) -> dict[str, Any]:
         return {"number": 13, "time": NOW, "kind": params["kind"], "tags": params["tags"]}
 
@@ -261,6 +284,57 @@ class FakeAppliance:
     def _failover_run(self, params: dict[str, Any]) -> dict[str, Any]:
         self.failovers = [recovery("failover", params["group"])]
         return self.failovers[0]
+
+    def _failover_hold(self, params: dict[str, Any]) -> dict[str, Any]:
+        one = self.failovers[0]
+        one["auto"] = {"action": "rollback", "due": NOW + 60, "cancelled": "ann called it off", "seconds_left": None}
+        return one
+
+    def _handover_plan(self, params: dict[str, Any]) -> dict[str, Any]:
+        group = params["group"]
+        phase = self.phases.get(group, "live")
+        return {"group": group, "generation": 1, "phase": phase, "handover": self.handover, "reasons": []}
+
+    def _handover_run(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.phases[params["group"]] = "failed-over"
+        final = {"number": 13, "time": NOW, "sequence": 1300, "epoch": "a" * 32}
+        machines = self.groups[params["group"]]["machines"]
+        self.handover = {
+            "group": params["group"],
+            "phase": "handed-over",
+            "generation": 2,
+            "machines": machines,
+            "final": final,
+        }
+        return self.handover
+
+    def _handover_undo(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.phases[params["group"]] = "catching-up"
+        started, self.handover = (self.handover or {}).get("machines", []), None
+        return {"group": params["group"], "phase": "catching-up", "generation": 3, "started": started}
+
+    def _switchover_run(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.failovers = [recovery("switchover", params["group"], checkpoint={"number": 13, "time": NOW})]
+        return self.failovers[0]
+
+    def _rollback_plan(self, params: dict[str, Any]) -> dict[str, Any]:
+        if not self.failovers and not params["generation"]:
+            raise WrongPhase(f"{params['group']} is not failed over to this host")
+        disk = {"machine": "db", "target": "vda", "written_bytes": 4096, "overlay": "/images/web/db.vda-g2.qcow2"}
+        return {
+            "group": params["group"],
+            "recovery": self.failovers[0] if self.failovers else None,
+            "generation": 3,
+            "discards": [disk] if self.failovers else [],
+        }
+
+    def _rollback(self, params: dict[str, Any]) -> dict[str, Any]:
+        plan = self._rollback_plan(params)
+        if self.failovers:
+            plan["recovery"] = self.failovers[0] | {"state": "rolled-back"}
+        self.failovers = []
+        kept, until = plan.pop("discards"), NOW + 7 * 86400 if plan["recovery"] else None
+        return plan | {"kept": kept, "kept_until": until}
 
     def _commit(self, params: dict[str, Any]) -> dict[str, Any]:
         return recovery("failover", params["group"], state="committed")

@@ -43,6 +43,9 @@ RECOVERY = {
     "id": str, "kind": str, "group": str, "generation": int, "checkpoint": dict, "state": str, "started": NUMBER,
     "machines": list, "rto_seconds": (*NUMBER, NONE),
 }  # fmt: skip
+PICTURE = {"site": str, "host": str, "role": str, "state": str, "generation": int, "machines": list}
+AROUND = {"before": list, "after": list}
+KEPT = {"machine": str, "target": str, "written_bytes": int, "overlay": str}
 ENTRY = {"host": str, "time": NUMBER, "user": str, "method": str, "group": str, "outcome": str, "detail": str}
 FINDING = {"severity": str, "subject": str, "message": str, "hint": str, "error": str}
 CHANGE = {"group": str, "role": str, "host": str, "action": str, "differences": list}
@@ -72,9 +75,36 @@ CONTRACT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "group show web": ("group", {"group": str, "origin": str, "settings": dict}, "", {}),
     "test start web --yes": ("test", {"recovery": dict}, "recovery", RECOVERY),
     "test list": ("tests", {"tests": list}, "tests", RECOVERY),
-    "failover web --dry-run": ("failover-plan", {"plan": dict}, "", {}),
-    "failover web --source-is-down fire --confirm web": ("failover", {"recovery": dict}, "recovery", RECOVERY),
-    "commit web --yes": ("commit", {"recovery": dict}, "recovery", RECOVERY),
+    "failover web --dry-run": ("failover-plan", {"plan": dict, "source": dict, "before": list}, "before", PICTURE),
+    "failover web --source-is-down fire --confirm web": (
+        "failover",
+        {"recovery": dict, **AROUND},
+        "recovery",
+        RECOVERY,
+    ),
+    "switchover web --dry-run": ("switchover-plan", {"plan": dict, "before": list}, "before", PICTURE),
+    "switchover web --yes": (
+        "switchover",
+        {"recovery": dict, "loss_seconds": (*NUMBER, NONE), **AROUND},
+        "recovery",
+        RECOVERY,
+    ),
+    "commit web --yes": ("commit", {"recovery": dict, **AROUND}, "recovery", RECOVERY),
+    "rollback web --dry-run": ("rollback-plan", {"plan": dict, "before": list}, "before", PICTURE),
+    "rollback web --yes": (
+        "rollback",
+        {
+            "group": str,
+            "generation": (int, NONE),
+            "recovery": (dict, NONE),
+            "kept": list,
+            "kept_until": (*NUMBER, NONE),
+            "source": (dict, NONE),
+            **AROUND,
+        },
+        "kept",
+        KEPT,
+    ),
     "apply --dry-run": ("apply", {"dry_run": bool, "changes": list}, "changes", CHANGE),
     "history": ("history", {"entries": list}, "entries", ENTRY),
     "doctor": ("doctor", {"findings": list}, "findings", FINDING),
@@ -94,7 +124,7 @@ def test_documents(world, line: str) -> None:
         world.applied()
     world.beta.tests = [world.beta.call("test.start", {"group": "web"})]
     world.alpha.machines[0]["disks"].append({**world.alpha.machines[0]["disks"][0], "target": "vdb"})
-    if line.startswith("commit"):
+    if line.startswith(("commit", "rollback")):
         world.beta.call("failover.run", {"group": "web"})
     result = world(*line.split(), "--output", "json")
     assert result.out.count("\n") == 1, "one document, one line"

@@ -131,7 +131,8 @@ def test_failover_dry_run_shows_loss_and_changes_nothing(web) -> None:
         "generation 2",
         "#12 at 2027-01-15T07:59:56",
         "loss: 4.0 s",
-        "source alpha/a1 was not asked",
+        "before: alpha/a1 (source): live, generation 1; db running, front running",
+        "source alpha/a1 answers, and the group is live there; db, front run there",
         "lan -> lan-b",
     ):
         assert text in result.err
@@ -152,9 +153,9 @@ def test_failover_dry_run_forecasts_failures(web) -> None:
 @pytest.mark.parametrize(
     ("words", "typed", "code", "message"),
     [
-        ((), None, 14, "not known to be down"),
-        (("--yes",), None, 14, "not known to be down"),
-        (("--confirm", "web"), None, 14, "not known to be down"),
+        ((), None, 15, "db, front run there"),
+        (("--yes",), None, 15, "drctl switchover web"),
+        (("--confirm", "web"), None, 15, '--source-is-down "REASON"'),
         (("--source-is-down", "fire"), None, 14, "add --confirm web; --yes alone is not enough here"),
         (("--source-is-down", "fire", "--yes"), None, 14, "add --confirm web; --yes alone is not enough here"),
         (("--source-is-down", "fire", "--confirm", "shop"), None, 14, "is not the group's name 'web'"),
@@ -235,14 +236,34 @@ def test_the_operator_is_named_to_the_appliance(web, monkeypatch: pytest.MonkeyP
 
 
 def test_a_source_that_answers_is_no_disaster_and_that_is_said(web) -> None:
-    assert (
-        "WARNING: the source alpha/a1 answers this machine, and the group is live there."
-        in web("failover", "web", "--dry-run").err
-    )
+    warning = "WARNING: if its machines run on there will be two of each"
+    assert warning in web("failover", "web", "--dry-run").err
     web.alpha.phases["web"] = "failed-over"
-    assert "WARNING" not in web("failover", "web", "--dry-run").err
+    assert warning not in web("failover", "web", "--dry-run").err
     web.alpha.down = True
-    assert "WARNING" not in web("failover", "web", "--dry-run").err
+    assert warning not in web("failover", "web", "--dry-run").err
+
+
+def test_a_failover_beside_a_live_source_is_recorded_with_what_was_seen(web) -> None:
+    assert web("failover", "web", "--source-is-down", "cut off", "--confirm", "web").code == 0
+    (call,) = web.beta.called("failover.run")
+    assert call["source_seen"] == "answers, and the group is live there; db, front run there"
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"reachable": True}, "is alive: its stream reaches the recovery site at this moment"),
+        ({"silent_seconds": 70.0}, "was last heard 1m 10s ago; it does not answer this machine"),
+        ({}, "has not been heard since the receiver was started; it does not answer this machine"),
+    ],
+)
+def test_a_source_that_this_machine_cannot_ask_is_known_by_its_stream(web, told, words: str) -> None:
+    plan = web.beta.call("failover.plan", {"group": "web"})
+    web.beta.replies["failover.plan"] = plan | {"source": plan["source"] | told}
+    web.alpha.down = True
+    assert words in web("failover", "web", "--dry-run").err
+    assert web("failover", "web").code == (15 if told.get("reachable") else 14)
 
 
 def test_a_failover_given_twice_says_so_and_does_nothing(web) -> None:

@@ -266,7 +266,7 @@ def test_failover_then_commit_leaves_standalone_disks_that_boot_again(host):
     serial = host.home / "images" / "erp" / "web.web.log"
     host.wait(lambda: "." in host.said(serial), what="reads")
     told = []
-    committed = host.recovery.commit({"group": "erp"}, told.append)
+    committed = host.recovery.reigns.commit({"group": "erp"}, told.append)
     assert committed["state"] == "committed"
     assert {t["disk"] for t in told} == {"vda", "vdb"}
     assert host.running() == {"db", "web"}
@@ -312,7 +312,7 @@ def test_a_new_supervisor_adopts_and_one_killed_during_commit_goes_on(host):
             raise Died
 
     with pytest.raises(Died):
-        host.recovery.commit({"group": "erp"}, die)
+        host.recovery.reigns.commit({"group": "erp"}, die)
     host.new_supervisor()
     host.wait(lambda: [r["state"] for r in host.recovery.recoveries("erp")] == ["committed"], 60, "commit goes on")
     for name in ("db", "web"):

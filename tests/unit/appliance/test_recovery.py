@@ -53,7 +53,18 @@ class Host:
         self.new_supervisor()
 
     def do(self, method, **params):
-        return getattr(self.recovery, method)(params, lambda _: None)
+        return self.method(method)(params, lambda _: None)
+
+    def method(self, name):
+        return {
+            "failover_plan": self.recovery.reigns.plan,
+            "failover_run": self.recovery.reigns.failover,
+            "switchover_run": self.recovery.reigns.switchover,
+            "hold": self.recovery.reigns.cancel_auto,
+            "rollback_plan": self.recovery.reigns.rollback_plan,
+            "rollback": self.recovery.reigns.rollback,
+            "commit": self.recovery.reigns.commit,
+        }.get(name) or getattr(self.recovery, name)
 
     def left(self):
         """All that exists besides records, identities made anew each time left out."""
@@ -220,7 +231,7 @@ def test_scratch_is_refused_when_it_cannot_fit_and_bounded_by_half_of_what_is_fr
 def test_commit_localizes_every_disk_and_ends_the_view(host):
     host.do("failover_run", **FAILOVER)
     told = []
-    result = host.recovery.commit({"group": "erp"}, told.append)
+    result = host.recovery.reigns.commit({"group": "erp"}, told.append)
     assert result["state"] == "committed"
     assert set(host.world.images.files.values()) == {None}
     assert host.world.views.running == set()
@@ -266,7 +277,7 @@ def test_a_second_operation_on_a_busy_recovery_is_refused(host):
                 host.do("commit", group="erp")
             refused.append(report)
 
-    host.recovery.commit({"group": "erp"}, during)
+    host.recovery.reigns.commit({"group": "erp"}, during)
     assert refused
 
 
@@ -365,7 +376,7 @@ def test_a_stop_interrupts_a_start_that_is_under_way(host):
 
     def during(report):
         if report["step"] == "machine" and not stopped:
-            work = next(iter(host.recovery._live.values()))
+            work = host.recovery._works.live()[0]
             work.ending = True
             work.steps.cancelled.set()
             stopped.append(work.record.id)

@@ -138,7 +138,7 @@ def test_a_test_ends_before_the_file_system_of_the_store_is_full(recovery, world
 
 def test_a_failover_is_never_ended_by_the_guard(recovery, world):
     params = {"group": "erp", "source_is_down": "fire", "confirmed": True}
-    recovery.failover_run(params, lambda _: None)
+    recovery.reigns.failover(params, lambda _: None)
     for path in world.images.files:
         world.images.sizes[path] = 100 * GiB
     world.images.space = 0
@@ -147,8 +147,8 @@ def test_a_failover_is_never_ended_by_the_guard(recovery, world):
 
 
 def test_a_committed_failover_has_no_view_to_restart(recovery, world):
-    recovery.failover_run({"group": "erp", "source_is_down": "fire", "confirmed": True}, lambda _: None)
-    result = recovery.commit({"group": "erp"}, lambda _: None)
+    recovery.reigns.failover({"group": "erp", "source_is_down": "fire", "confirmed": True}, lambda _: None)
+    result = recovery.reigns.commit({"group": "erp"}, lambda _: None)
     assert result["phase"] == RecoveryPhase.COMMITTED
     look(recovery, world, 3)
     assert world.views.running == set()
