@@ -242,7 +242,10 @@ class Handing:
     def _stop_all(self) -> None:
         """In the reverse of the group's order: what is started first serves the others."""
         for name in reversed(self.record.machines):
-            if self._host.state(name) in RUNNING and name not in self.record.suspended:
+            state = self._host.state(name)
+            if name in self.record.suspended and state is MachineState.RUNNING:
+                self._host.suspend(name)  # it was written down, and then we died
+            elif name not in self.record.suspended and state in RUNNING:
                 self._stop(name)
             self._tell("machine", name, "suspended" if name in self.record.suspended else "off")
 
@@ -274,6 +277,8 @@ class Handing:
     def _finish(self) -> None:
         """The final mark, and the proof that nothing came after it."""
         self._await_ready()
+        if up := [name for name in self._group.machines() if self._host.state(name) is MachineState.RUNNING]:
+            raise StepFailed(f"{up[0]} was started by somebody during the switchover")
         self.record.final = self._group.drain(FINAL_SECONDS)
         for name in self.record.suspended:
             # It stands still since before the mark, so there is nothing of it that is not in it.

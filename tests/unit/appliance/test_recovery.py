@@ -281,7 +281,7 @@ def test_a_second_operation_on_a_busy_recovery_is_refused(host):
     assert refused
 
 
-def _kill_everywhere(tmp_path, prepare, method, params, accepted):
+def kill_everywhere(tmp_path, prepare, method, params, accepted):
     """Run the operation, dying before and after every effect; a new supervisor must reach an accepted end state."""
     deaths = 0
     for moment in ("die_before", "die_after"):
@@ -305,7 +305,7 @@ def _kill_everywhere(tmp_path, prepare, method, params, accepted):
     return deaths
 
 
-def _end_states(tmp_path, prepare, method, params):
+def end_states(tmp_path, prepare, method, params):
     """What is there without the operation, and what is there after it."""
     states = []
     for name, do in (("without", False), ("with", True)):
@@ -323,28 +323,28 @@ def _nothing(host):
 
 def test_a_test_killed_at_every_step_is_finished_by_the_next_supervisor(tmp_path):
     params = lambda host: {"group": "erp"}  # noqa: E731
-    accepted = _end_states(tmp_path, _nothing, "test_start", params)
-    assert _kill_everywhere(tmp_path, _nothing, "test_start", params, accepted) > 20
+    accepted = end_states(tmp_path, _nothing, "test_start", params)
+    assert kill_everywhere(tmp_path, _nothing, "test_start", params, accepted) > 20
 
 
 def test_a_failover_killed_at_every_step_is_finished_by_the_next_supervisor(tmp_path):
     params = lambda host: FAILOVER  # noqa: E731
-    accepted = _end_states(tmp_path, _nothing, "failover_run", params)
-    assert _kill_everywhere(tmp_path, _nothing, "failover_run", params, accepted) > 25
+    accepted = end_states(tmp_path, _nothing, "failover_run", params)
+    assert kill_everywhere(tmp_path, _nothing, "failover_run", params, accepted) > 25
 
 
 def test_a_stop_killed_at_every_step_is_finished_by_the_next_supervisor(tmp_path):
     prepare = lambda host: host.do("test_start", group="erp")  # noqa: E731
     params = lambda host: {"id": host.files.names()[0]}  # noqa: E731
-    accepted = _end_states(tmp_path, prepare, "test_stop", params)
-    assert _kill_everywhere(tmp_path, prepare, "test_stop", params, accepted) > 10
+    accepted = end_states(tmp_path, prepare, "test_stop", params)
+    assert kill_everywhere(tmp_path, prepare, "test_stop", params, accepted) > 10
 
 
 def test_a_commit_killed_at_every_step_is_finished_by_the_next_supervisor(tmp_path):
     prepare = lambda host: host.do("failover_run", **FAILOVER)  # noqa: E731
     params = lambda host: {"group": "erp"}  # noqa: E731
-    accepted = _end_states(tmp_path, prepare, "commit", params)
-    assert _kill_everywhere(tmp_path, prepare, "commit", params, accepted) > 10
+    accepted = end_states(tmp_path, prepare, "commit", params)
+    assert kill_everywhere(tmp_path, prepare, "commit", params, accepted) > 10
 
 
 def test_after_the_hosts_restart_a_failover_runs_again_and_a_test_is_removed(host):
