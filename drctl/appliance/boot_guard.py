@@ -24,7 +24,7 @@ from drctl.model.phase import Phase
 from drctl.replication.reign import Answer, Reign
 
 #: Between two questions to the other site. After a power cut of both, it may be minutes until it answers.
-ASK_SECONDS = 5.0
+ASK_SECONDS = 2.0
 #: A peer that has been silent for so long since our start counts as unreachable for `allow` and `deny`; a network that
 #: comes up a little later than we do must not decide which site runs a group.
 GRACE_SECONDS = 20.0

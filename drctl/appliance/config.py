@@ -29,7 +29,8 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's keys. `uri` is libvirt's, `run` a directory on tmpfs, `link` where this appliance listens.
 
-    `qemu_group` is a group that guests' QEMUs and the appliance are in, where they run as different users."""
+    `qemu_group` is a group that guests' QEMUs and the appliance are in, where they run as different users; `metrics`
+    is a file that is written for node_exporter's textfile collector."""
 
     site: str
     host: str
@@ -38,6 +39,7 @@ class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uuid: str
     run: str = RUN
     qemu_group: str = ""
+    metrics: str = ""
     images: str = ""
     scratch_limit: int = SCRATCH_LIMIT
     peer: tuple[Peer, ...] = ()
@@ -124,6 +126,7 @@ def load(home: Path) -> Home:
         uuid=top.text("uuid"),
         run=top.text("run", RUN),
         qemu_group=top.text("qemu_group", ""),
+        metrics=top.text("metrics", "", pattern=r"/\S+\.prom", example="/var/lib/prometheus/node-exporter/drctl.prom"),
         images=top.text("images", ""),
         scratch_limit=top.size("scratch_limit", SCRATCH_LIMIT),
         peer=peers,

@@ -20,9 +20,10 @@ from drctl.appliance.group_state import spec_from
 from drctl.appliance.handover_service import HandoverService
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
-from drctl.appliance.picture import Pictures, Shown
 from drctl.appliance.lease import Leases
+from drctl.appliance.metrics_service import MetricsService
 from drctl.appliance.notify import Notifier
+from drctl.appliance.picture import Pictures, Shown
 from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
@@ -57,6 +58,7 @@ class Appliance:
         self._receiver = ReceiverLink(home, self._processes)
         self._handovers = HandoverService(home, self._host, self._source.protection, self._source.refuse_superseded)
         self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
+        self._metrics = MetricsService(self._info, self._source, self._stores, home.config.metrics)
         history = History(home.path / "history.jsonl", self._pictures.take_quietly)
         self._control = ControlServer(home.control, history.watch(Leases(home.store).watch(self._handlers())))
 
@@ -67,12 +69,14 @@ class Appliance:
         self._source.start()
         self._handovers.resume(self._source.names())
         self._control.start()
+        self._metrics.start()
         self._notifier.ready(f"appliance of {self._home.config.host}, site {self._home.config.site}")
         log.info("appliance of %s (%s): ready", self._home.config.host, self._home.config.site)
         while not self._stopped.wait(SUPERVISE_SECONDS):
             self._supervise()
             self._notifier.alive()
         self._notifier.stopping()
+        self._metrics.stop()
         self._control.stop()
         self._recovery.close()
         self._source.close()
@@ -100,7 +104,8 @@ class Appliance:
     def _handlers(self) -> dict[str, Handler]:
         source, stores, recovery = self._source, self._stores, self._recovery
         return {
-            "appliance.info": lambda _params, _progress: appliance_info(self._home, self._host),
+            "appliance.info": lambda _params, _progress: self._info(),
+            "appliance.metrics": self._metrics.answer,
             "machine.list": lambda _params, _progress: machine_list(self._host),
             "group.put": self._group_put,
             "group.remove": self._group_remove,
@@ -133,6 +138,9 @@ class Appliance:
             "shipper.order": source.order,
             "shipper.report": source.report,
         }
+
+    def _info(self) -> dict[str, Any]:
+        return appliance_info(self._home, self._host)
 
     # -- groups of either role --------------------------------------------------------------------------------------
 

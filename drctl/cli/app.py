@@ -44,6 +44,7 @@ COMMANDS = {
     "status": Entry("status", "Show how every group is protected, and what could be recovered now."),
     "history": Entry("history", "Show what was changed, when and by whom."),
     "check": Entry("check", "Check one thing for a monitoring system."),
+    "metrics": Entry("metrics", "Print an appliance's metrics for Prometheus."),
     "explain": Entry("explain", "Explain an exit code or an error's name."),
     "site": Entry("site", "Sites of the configuration."),
     "host": Entry("host", "Hypervisor hosts."),
