@@ -115,6 +115,7 @@ class Appliance:
             "replicate.pause": source.replicate_pause,
             "replicate.resume": source.replicate_start,
             "replicate.stop": self._replicate_stop,
+            "resync": source.resync,
             "checkpoint.create": source.checkpoint_create,
             "checkpoint.list": stores.checkpoint_list,
             "checkpoint.choose": stores.checkpoint_choose,

@@ -23,6 +23,7 @@ CHANGING = (
     "replicate.pause",
     "replicate.resume",
     "replicate.stop",
+    "resync",
     "checkpoint.create",
     "checkpoint.tag",
     "test.start",

@@ -23,6 +23,7 @@ from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.image_stamp import RUNNING, Stamp, image_stamp, stamps_of_images, untold
 from drctl.appliance.passes import Passes, pass_wanted
 from drctl.appliance.process import Processes
+from drctl.appliance.resync import SurveyOrder
 from drctl.appliance.shipper_link import ShipperLink
 from drctl.appliance.source_host import SourceHost
 from drctl.appliance.strays import Strays
@@ -74,6 +75,7 @@ class Protection:
         self.strays = Strays(host, home.store)
         self.boot: BootGuard | None = None  # where the host was booted since the group was last looked after
         self._passes = Passes(home, group, host, processes)
+        self.survey = SurveyOrder()
         self._definition = DefinitionFile(home, group, host)
         self._seen = _Seen()
         self._wake = threading.Event()
@@ -125,6 +127,11 @@ class Protection:
         with self._lock:
             self._state = msgspec.structs.replace(self._state, spec=self._files.load(self._state.spec.name).spec)
             self.shipper.configure(self._state)
+        self.wake()
+
+    def go_over(self) -> None:
+        """Read all disks and compare them with the other side's. No mark is cut until that is done."""
+        self._miss([disk.number for disk in self._state.disks])
         self.wake()
 
     def attest(self) -> str:
@@ -297,6 +304,8 @@ class Protection:
         if self._passes.running:
             self._follow_pass(active=report.sync_active, done=report.sync_done)
             return
+        if self.survey.running:
+            self.survey.ended({})
         mode, numbers = pass_wanted(report.wants, self._state.disks, dropping=self.worker.dropping())
         if mode:
             self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
@@ -306,13 +315,23 @@ class Protection:
         elif report.wants not in ("nothing", "dirty"):
             self._settle(report.reason or "the other site was not reached yet")
         else:
+            if self.survey.wanted:
+                self._begin_survey()
             self._prove(report.reason)
+
+    def _begin_survey(self) -> None:
+        every = [disk.number for disk in self._state.disks]
+        exports = self._passes.begin("survey", every, self._state, self._seen.machines)
+        self.survey.began()
+        self.shipper.start_sync("survey", exports)
 
     def _follow_pass(self, *, active: bool, done: bool) -> None:
         if active:
             self._settle("")
             return
         numbers = self._passes.end()
+        if self.survey.running:
+            self.survey.ended(self.shipper.status)
         if done:
             with self._lock:
                 stamps = stamps_of_images(self._state, self._seen.machines)

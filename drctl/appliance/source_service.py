@@ -161,6 +161,25 @@ class SourceService:
     def replicate_pause(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return self._leave(params, Desired.PAUSED, progress)
 
+    def resync(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Compare all disks with the other side's: with `dry_run` to tell what differs, else to make it good."""
+        protection = self._protection(params)
+        name = protection.state.spec.name
+        if protection.state.desired is not Desired.PROTECTED:
+            raise WrongPhase(
+                f"{name} is {protection.state.phase}; its disks are compared while it is replicated",
+                hint=f"drctl replicate resume {name} compares them, too, and sends only what differs",
+                group=name,
+                phase=protection.state.phase.value,
+            )
+        if not params.get("dry_run"):
+            protection.go_over()
+            return {"group": name, "phase": protection.state.phase.value}
+        protection.survey.order(name)
+        protection.wake()
+        findings = protection.survey.wait(name, lambda: protection.shipper.status.get("survey") or {}, progress)
+        return {"group": name, **findings}
+
     def replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return self._leave(params, Desired.STOPPED, progress)
 

@@ -46,6 +46,8 @@ def _sync(status: dict[str, Any], eta: float | None) -> dict[str, Any] | None:
         "state": sync.get("state"),
         "done_bytes": sync.get("done_bytes"),
         "total_bytes": sync.get("total_bytes"),
+        "matched_bytes": sync.get("matched_bytes"),
+        "sent_bytes": sync.get("sent_bytes"),
         "eta": eta,
     }
 

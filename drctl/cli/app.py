@@ -53,6 +53,7 @@ COMMANDS = {
     "apply": Entry("apply", "Make the appliances do what groups/*.toml says."),
     "group": Entry("group", "Protection groups."),
     "replicate": Entry("replicate", "Start, pause, resume and stop the replication of a group."),
+    "resync": Entry("resync", "Compare both sides of a group, and send what differs."),
     "checkpoint": Entry("checkpoint", "Points in time that a group can be recovered to."),
     "test": Entry("test", "Boot a group in isolation, while replication goes on."),
     "failover": Entry("failover", "Recover a group at the other site after a disaster."),

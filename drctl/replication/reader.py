@@ -211,8 +211,8 @@ class Reader:
         self, port: RingPort, peer: Peer, moved: asyncio.Event, arrived: Callable[[], None], pace: Pace
     ) -> None:
         self._port = port
-        self._peer = peer
-        self._hashers = ThreadPoolExecutor(HASHERS, "hashing")
+        self.peer = peer
+        self.hashers = ThreadPoolExecutor(HASHERS, "hashing")
         self._moved = moved
         self._arrived = arrived
         self.pace = pace
@@ -250,7 +250,7 @@ class Reader:
             if disk < resume.disk or sync.attempt != attempt:
                 continue
             begin = resume.offset if disk == resume.disk else 0
-            async with self._connected(exports[disk]) as (connection, tasks):
+            async with connected(exports[disk]) as (connection, tasks):
                 walk = _Walk(sync, attempt, disk, connection, tasks)
                 if extents is not None:
                     await self._fetch(walk, begin, extents(disk))
@@ -261,21 +261,6 @@ class Reader:
         if sync.attempt == attempt:
             sync.finished_reading()
             self._arrived()
-
-    @contextlib.asynccontextmanager
-    async def _connected(self, export: Export) -> AsyncIterator[tuple[DiskConnection, asyncio.TaskGroup]]:
-        connection = await DiskConnection.open(export)
-        runner = asyncio.ensure_future(connection.run())
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                yield connection, tasks
-        except BaseExceptionGroup as failures:
-            raise _first(failures) from failures
-        finally:
-            await connection.close()
-            runner.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await runner
 
     async def _walk(self, walk: _Walk, begin: int) -> None:
         """All of a disk. A hole is believed only under the hold that was set before it was asked about."""
@@ -312,9 +297,9 @@ class Reader:
         """Whether the other side can be asked how its blocks are: only after it has SYNC_BEGIN durable."""
         if sync.mode != "full":
             return False
-        while sync.attempt == attempt and sync.active and not (self._peer.exchange.connected and sync.begun):
+        while sync.attempt == attempt and sync.active and not (self.peer.exchange.connected and sync.begun):
             await self._wait()
-        return bool(self._peer.exchange.key)
+        return bool(self.peer.exchange.key)
 
     async def _walk_compared(self, walk: _Walk, begin: int) -> None:
         """As `_walk`; what is equal at the other side is not sent. Holes are: they cost less than the question."""
@@ -322,14 +307,14 @@ class Reader:
         if walk.connection.ready.size < size:
             raise HypervisorRefused(f"disk {walk.disk} has {walk.connection.ready.size} bytes, expected {size}")
         what = Compared(sync.id, walk.disk, size, walk.connection)
-        comparison = Comparison(what, self._peer.exchange, walk.tasks, self._hashers)
+        comparison = Comparison(what, self.peer.exchange, walk.tasks, self.hashers)
         position = begin // SIGNED * SIGNED
         while position < size and await self._room(walk, COMPARED_READ, COMPARED_WINDOW):
             read = sync.issue(walk.disk, Range(position, 0), self._port.published)
             length, hole = await walk.connection.first_holes(position, min(STATUS_WINDOW, size - position))
             if walk.over:
                 return
-            end = _aligned(position, length, size, hole=hole)
+            end = aligned(position, length, size, hole=hole)
             if hole and end > position:
                 read.extent = Range(position, end - position)
                 self._done(sync, read, b"", zero=True)
@@ -369,7 +354,7 @@ class Reader:
         """Put what differs into the stream. What was read is of use while the cursor is not beyond its floor; else
         it is read again, and this time the stream is held."""
         floor, data = had
-        if self._peer.cursor() <= floor:
+        if self.peer.cursor() <= floor:
             part = walk.sync.part(read, floor)
         else:
             part = walk.sync.part(read, self._port.published)
@@ -410,7 +395,24 @@ class Reader:
             self._arrived()
 
 
-def _aligned(position: int, length: int, size: int, *, hole: bool) -> int:
+@contextlib.asynccontextmanager
+async def connected(export: Export) -> AsyncIterator[tuple[DiskConnection, asyncio.TaskGroup]]:
+    """A connection to a disk, and tasks that end before it does. Raises what the first of them that failed raised."""
+    connection = await DiskConnection.open(export)
+    runner = asyncio.ensure_future(connection.run())
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield connection, tasks
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from failures
+    finally:
+        await connection.close()
+        runner.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await runner
+
+
+def aligned(position: int, length: int, size: int, *, hole: bool) -> int:
     """The end of what begins at `position`, at a block's border or the disk's end: a block that is only in part a hole
     is data."""
     end = position + length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from drctl.replication.progress import Progress
 from drctl.replication.ring_port import RingPort
 from drctl.replication.shipper_config import ShipperConfig
 from drctl.replication.signature_exchange import SignatureExchange
+from drctl.replication.survey import Findings
 from drctl.wire.link import JournalSpace
 
 
@@ -112,6 +113,8 @@ class ShipperState:
     finished: bool = False
     sync_job: str = "idle"
     sync_error: str = ""
+    #: The newest survey's findings.
+    survey: Findings | None = None
     shipped_records: int = 0
     shipped_bytes: int = 0
 
@@ -170,6 +173,7 @@ def status(state: ShipperState) -> dict[str, Any]:
             "skipped": progress.marks.skipped,
         },
         "sync": _sync(state),
+        "survey": _survey(state),
         "journal": msgspec.to_builtins(state.journal),
         "shipped_records": state.shipped_records,
         "shipped_bytes": state.shipped_bytes,
@@ -186,6 +190,14 @@ def _mark(mark: Mark, state: ShipperState) -> dict[str, Any]:
         "time": (mark.wall_ns + state.clock.offset_ns) / 1e9,
         "tags": list(mark.tags),
     }
+
+
+def _survey(state: ShipperState) -> dict[str, Any] | None:
+    if state.survey is None:
+        return None
+    found = asdict(state.survey)
+    del found["began"]
+    return {f"{name}_bytes" if name != "seconds" else name: value for name, value in found.items()}
 
 
 def _sync(state: ShipperState) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from drctl.errors import DrctlError, WrongPhase
 from drctl.replication.progress import Needs
 from drctl.replication.reader import Export, Extents, Reader
 from drctl.replication.shipper_state import ShipperState
+from drctl.replication.survey import Survey
 from drctl.replication.sync_progress import Sync
 
 #: How often the maps and the tap's answer are looked at.
@@ -20,11 +21,17 @@ LOOK_EVERY = 0.05
 #: A round that found nothing because the tap still drops is not repeated faster than this.
 ROUND_PAUSE = 0.5
 
+#: A mode of sync.start that sends nothing.
+SURVEY = "survey"
+#: How often its findings are told.
+SURVEY_EVERY = 0.5
+
 log = logging.getLogger(__name__)
 
 
 class SyncJob:
-    """One order of the supervisor. Modes: `initial`, `full`, `dirty`, and `clean` (the disks are known to be equal)."""
+    """One order of the supervisor. Modes: `initial`, `full`, `dirty`, `clean` (the disks are known to be equal);
+    `survey` finds out what `full` would send."""
 
     def __init__(self, state: ShipperState, reader: Reader) -> None:
         self._state = state
@@ -41,7 +48,7 @@ class SyncJob:
         sizes = self._state.ring.disks
         if unknown := sorted(set(exports) - set(sizes)):
             raise WrongPhase(f"the ring has no disks {unknown}")
-        if progress.needs is not Needs.NOTHING and mode != "clean" and set(exports) != set(sizes):
+        if progress.needs is not Needs.NOTHING and mode not in ("clean", SURVEY) and set(exports) != set(sizes):
             raise WrongPhase(f"the receiver needs all disks, {sorted(sizes)}, not {sorted(exports)} alone")
         self._state.sync_job = "running"
         self._state.sync_error = ""
@@ -54,6 +61,10 @@ class SyncJob:
     async def _run(self, mode: str, exports: dict[int, Export]) -> None:
         state = self._state
         try:
+            if mode == SURVEY:
+                await self._survey(exports)
+                state.sync_job = "surveyed"
+                return
             if mode != Needs.DIRTY:
                 await self._main(mode, exports)
             await self._drop_rounds(exports)
@@ -68,6 +79,20 @@ class SyncJob:
         finally:
             state.changed.set()
             state.wake.set()
+
+    async def _survey(self, exports: dict[int, Export]) -> None:
+        """Find out what a pass would send; marks go on."""
+        survey = Survey(self._reader.peer.exchange, self._reader.pace, self._reader.hashers)
+        sizes = {number: size for number, size in self._state.ring.disks.items() if number in exports}
+        running = asyncio.ensure_future(survey.run(exports, sizes))
+        try:
+            while not running.done():
+                await asyncio.wait([running], timeout=SURVEY_EVERY)
+                self._state.survey = survey.findings
+                self._state.changed.set()
+            await running
+        finally:
+            running.cancel()
 
     async def _main(self, mode: str, exports: dict[int, Export]) -> None:
         needs = self._state.progress.needs

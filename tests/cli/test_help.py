@@ -25,7 +25,7 @@ READING = {
 }  # fmt: skip
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
-    "replicate stop", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "commit", "lab up",
+    "replicate stop", "resync", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "commit", "lab up",
     "lab down",
 }  # fmt: skip
 SERVICE = {"appliance run"}

@@ -77,7 +77,15 @@ def test_only_what_differs_is_sent(make_rig):
     rig = make_rig(sizes={1: 24 * MiB + 12 * KiB, 2: 4 * MiB})
     old, expected = live(rig)
     touched = unseen(rig, 5, 30)
+    call(rig.short / "ship.sock", "sync.start", mode="survey", disks=rig.exports)
+    until(lambda: rig.status()["sync"]["job"] == "surveyed")
+    found, before = rig.status()["survey"], rig.status()["link"]["sent_bytes"]
+    assert found["done_bytes"] == found["total_bytes"] == sum(rig.guest.sizes.values())
+    assert 0 < found["differing_bytes"] <= touched
+    assert rig.status()["needs"] == "full", "a survey is no pass"
     rig.sync("full")
+    assert rig.status()["sync"]["sent_bytes"] == found["differing_bytes"]
+    assert abs(rig.status()["link"]["sent_bytes"] - before - found["crossing_bytes"]) < 32 * KiB
     sync, sent = rig.status()["sync"], rig.status()["link"]["sent_bytes"]
     assert 0 < sync["sent_bytes"] <= touched
     assert sync["matched_bytes"] >= 15 * MiB

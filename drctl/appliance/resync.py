@@ -1,0 +1,63 @@
+"""Orders of an operator to go over a group's disks: to find out what differs, or to make it good."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from drctl.errors import StepFailed, WrongPhase
+
+#: How often a survey's progress is told.
+TELL_SECONDS = 0.5
+#: Longest that a survey waits to begin: another pass may be about to.
+BEGIN_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class SurveyOrder:
+    """One survey of a group, ordered by a control request, run by the protection's thread."""
+
+    wanted: bool = False
+    running: bool = False
+    error: str = ""
+    findings: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def order(self, group: str) -> None:
+        """Raises WrongPhase while one is ordered or runs."""
+        with self._lock:
+            if self.wanted or self.running:
+                raise WrongPhase(f"the disks of {group} are being compared already", group=group)
+            self.wanted, self.error, self.findings = True, "", {}
+
+    def began(self) -> None:
+        self.wanted, self.running = False, True
+
+    def ended(self, status: dict[str, Any]) -> None:
+        """The shipper's status says how it went."""
+        sync = status.get("sync") or {}
+        self.findings = status.get("survey") or {}
+        if sync.get("job") != "surveyed":
+            self.error = str(sync.get("error") or "it was broken off")
+        self.running = False
+
+    def withdraw(self) -> None:
+        self.wanted = False
+
+    def wait(self, group: str, findings: Callable[[], dict[str, Any]], tell: Callable[[dict[str, Any]], None]) -> Any:
+        """The findings, once it is over. Raises StepFailed."""
+        end = time.monotonic() + BEGIN_SECONDS
+        while self.wanted:
+            if time.monotonic() > end:
+                self.withdraw()
+                raise StepFailed(f"{group}: its disks could not be read within {BEGIN_SECONDS:.0f} s", group=group)
+            time.sleep(TELL_SECONDS / 5)
+        while self.running:
+            tell(findings())
+            time.sleep(TELL_SECONDS)
+        if self.error:
+            raise StepFailed(f"the disks of {group} were not compared: {self.error}", group=group)
+        return self.findings
