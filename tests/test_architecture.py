@@ -20,6 +20,7 @@ EDGES = {
     "cli/app.py": "the program's edge: a bug becomes exit code 1 and a traceback in the log",
     "appliance/control.py": "one request must not end the service",
     "appliance/daemon.py": "one thing that is supervised must not end the supervisor",
+    "appliance/reign_guard.py": "one group's boot must not end with a bug, and its guests stay down",
     "appliance/protection.py": "one group's bug must not end the protection of others",
     "replication/control.py": "one request must not end the process",
     "replication/link.py": "one connection must not end the others",

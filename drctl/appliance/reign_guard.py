@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from drctl.appliance.boot_guard import BootGuard, BootMarks, GuardFiles, GuestHost, refusals
+from drctl.appliance.boot_guard import BootGuard, BootMarks, Duty, GuardFiles, GuestHost, refusals
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.protection import Protection
 from drctl.appliance.strays import superseded_here
 from drctl.errors import NotFound
 from drctl.replication.reign import Answer, Question, Reign, ask
+
+#: After something unforeseen.
+RETRY_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class ReignGuard:
@@ -37,7 +43,19 @@ class ReignGuard:
             return
         guard = BootGuard(protection, self._host, self.marks, self._ask, self._stopped, time.monotonic)
         protection.boot = guard
-        threading.Thread(target=guard.run, name=f"boot-{name}", daemon=True).start()
+        threading.Thread(target=self._run, args=(guard,), name=f"boot-{name}", daemon=True).start()
+
+    def _run(self, guard: BootGuard) -> None:
+        """Until the duty is done: guests that nobody starts are an outage, whatever went wrong."""
+        while not self._stopped.is_set():
+            try:
+                guard.run()
+            except Exception as exc:  # the edge: a bug must neither start guests nor keep them down for ever
+                log.exception("%s: its guests are not started yet", guard.group.state.spec.name)
+                guard.duty, guard.reason = Duty.WAITING, f"unexpected {type(exc).__name__}: {exc}"
+                self._stopped.wait(RETRY_SECONDS)
+            else:
+                return
 
     def _ask(self, state: GroupState) -> Answer:
         config = self._home.config

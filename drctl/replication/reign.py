@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import uvloop
+
 from drctl.errors import DrctlError
 from drctl.replication import link
 from drctl.replication.group_writer import StreamToken, refuse_superseded
@@ -55,7 +57,7 @@ class Question:
 def ask(question: Question, tls: Path) -> Answer:
     """Ask, and wait for the answer for some seconds. Never raises: no answer is UNKNOWN. Not for an event loop."""
     try:
-        return asyncio.run(_ask(question, tls))
+        return uvloop.run(_ask(question, tls))
     except DrctlError as exc:
         return Answer(Reign.UNKNOWN, exc.message)
 

@@ -16,6 +16,7 @@ import pytest
 
 from drctl.replication import identity
 from drctl.replication.identity import Peer
+from drctl.replication.reign import Answer, Question, Reign, ask
 from drctl.store.group_store import GroupStore
 from drctl.wire import link as wire
 from drctl.wire.link import Hello
@@ -268,3 +269,38 @@ def test_a_receiver_that_is_not_the_expected_one(rig):
     assert status["link"]["error"]["reason"] == "another appliance"
     time.sleep(0.1)
     rig.kill("shipper")
+
+
+def question(rig, group="web", generation=1, port=0, appliance=RECOVERY):
+    peer = f"127.0.0.1:{port or rig.receiver_port}"
+    return Question(group, "a1", generation, SOURCE, peer, appliance)
+
+
+def test_a_source_that_asks_hears_whether_it_reigns(rig, tmp_path):
+    directory = certificate(rig, tmp_path)
+    identity.write_peers(directory, {RECOVERY: Peer("beta", "b1")})
+    assert ask(question(rig), directory) == Answer(Reign.HERE)
+    # A stream that stands is not disturbed by it, nor is one begun.
+    assert rig.receiver_status()["groups"]["web"]["connected"] is False
+    assert ask(question(rig, "unheard-of"), directory).reign is Reign.UNKNOWN
+    foreign = ask(question(rig, appliance="33333333-3333-4333-8333-333333333333"), directory)
+    assert (foreign.reign, "where 33333333" in foreign.reason) == (Reign.UNKNOWN, True)
+
+
+def test_a_superseded_source_that_asks_hears_it(rig, tmp_path):
+    directory = certificate(rig, tmp_path)
+    identity.write_peers(directory, {RECOVERY: Peer("beta", "b1")})
+    before = ask(question(rig, generation=0), directory)
+    assert before.reign is Reign.ELSEWHERE
+    assert "generation 0 is superseded by 1" in before.reason
+
+
+def test_nobody_who_answers_is_no_answer(rig, tmp_path):
+    directory = certificate(rig, tmp_path)
+    identity.write_peers(directory, {RECOVERY: Peer("beta", "b1")})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        silent = ask(question(rig, port=free.getsockname()[1]), directory)
+    assert silent.reign is Reign.UNKNOWN
+    assert "no link to" in silent.reason
+    assert ask(question(rig), tmp_path / "absent").reign is Reign.UNKNOWN
