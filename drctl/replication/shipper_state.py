@@ -211,6 +211,6 @@ def _sync(state: ShipperState) -> dict[str, Any]:
         "done_bytes": sync.done_bytes if sync else 0,
         "total_bytes": sync.total if sync else 0,
         "read_bytes": sync.read_bytes if sync else 0,
-    }
         "matched_bytes": sync.matched_bytes if sync else 0,
         "sent_bytes": sync.sent_bytes if sync else 0,
+    }
