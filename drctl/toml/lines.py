@@ -17,10 +17,20 @@ _STRING = re.compile(
     re.DOTALL,
 )
 _ESCAPE = re.compile(r'\\(["\\])')
+#: Longest path of a key. No file of ours goes deeper than 8; Python's own recursion ends at some hundreds.
+MAXIMUM_DEPTH = 64
+
+
+class TooDeep(Exception):
+    """A key's path is longer than MAXIMUM_DEPTH; `line` says where."""
+
+    def __init__(self, line: int) -> None:
+        super().__init__(f"line {line}: deeper than {MAXIMUM_DEPTH} levels")
+        self.line = line
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """The line (from 1) of every table header and key. `text` must be valid TOML."""
+    """The line (from 1) of every table header and key. `text` must be valid TOML. Raises TooDeep."""
     return _Scanner(text).scan()
 
 
@@ -30,6 +40,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self._counted = (0, 1)  # up to where lines were counted, and the line there
         self._lines: dict[KeyPath, int] = {}
         self._rows: dict[KeyPath, int] = {}
 
@@ -87,9 +98,11 @@ class _Scanner:
             self._skip(_BLANK)
             if self._peek() != ".":
                 return parts
+            self._check_depth(len(parts))
             self._at += 1
 
     def _value(self, path: KeyPath) -> None:
+        self._check_depth(len(path))
         first = self._peek()
         if first in "\"'":
             self._take(_STRING)
@@ -115,8 +128,14 @@ class _Scanner:
     def _peek(self) -> str:
         return self._text[self._at : self._at + 1]
 
+    def _check_depth(self, depth: int) -> None:
+        if depth > MAXIMUM_DEPTH:
+            raise TooDeep(self._line())
+
     def _line(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
+        offset, line = self._counted
+        self._counted = self._at, line + self._text.count("\n", offset, self._at)
+        return self._counted[1]
 
     def _skip(self, pattern: re.Pattern[str]) -> None:
         self._take(pattern)

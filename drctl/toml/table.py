@@ -13,10 +13,16 @@ from typing import Any, TypeVar
 
 from drctl.errors import ConfigInvalid
 from drctl.model.duration import format_duration, parse_duration
-from drctl.model.extent import format_bytes, parse_bytes
-from drctl.toml.lines import KeyPath, key_lines
+from drctl.model.extent import MiB, format_bytes, parse_bytes
+from drctl.toml.lines import MAXIMUM_DEPTH, KeyPath, TooDeep, key_lines
 
 Value = TypeVar("Value")
+#: Largest file that is read. A plan of 1,500 machines with three checks each has 0.5 MiB.
+MAXIMUM_SIZE = 4 * MiB
+#: A key of more parts than any of ours, before tomllib's time (which grows with the square of them) is spent on it.
+_DEEP_KEY = re.compile(
+    rf"""^[ \t\[]*(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAXIMUM_DEPTH}}}""", re.MULTILINE
+)
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
 _KINDS = {
     str: "a string",
@@ -36,9 +42,13 @@ REQUIRED: Any = _Required()
 
 
 def read_toml(path: Path) -> Table:
-    """The file's top table. Raises ConfigInvalid (unreadable, not UTF-8, not TOML)."""
+    """The file's top table. Raises ConfigInvalid (unreadable, too large, not UTF-8, not TOML)."""
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAXIMUM_SIZE + 1)
+        if len(data) > MAXIMUM_SIZE:
+            raise ConfigInvalid(str(path), 0, "", f"is larger than {format_bytes(MAXIMUM_SIZE)}", hint="split it")
+        text = data.decode("utf-8").replace("\r\n", "\n")
     except OSError as exc:
         raise ConfigInvalid(str(path), 0, "", f"can't be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
@@ -48,13 +58,24 @@ def read_toml(path: Path) -> Table:
 
 def parse_toml(text: str, file: str) -> Table:
     """The top table of `text`; `file` is the name that errors give. Raises ConfigInvalid."""
+    if deep := _DEEP_KEY.search(text):
+        raise _too_deep(file, text.count("\n", 0, deep.start()) + 1)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         place = _PLACE.search(str(exc))
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         raise ConfigInvalid(file, line, "", f"not TOML: {_PLACE.sub('', str(exc))}") from exc
-    return Table(file, data, key_lines(text), ())
+    except RecursionError:
+        raise _too_deep(file, 0) from None
+    try:
+        return Table(file, data, key_lines(text), ())
+    except TooDeep as exc:
+        raise _too_deep(file, exc.line) from None
+
+
+def _too_deep(file: str, line: int) -> ConfigInvalid:
+    return ConfigInvalid(file, line, "", f"tables or arrays are nested deeper than {MAXIMUM_DEPTH}")
 
 
 class Table:

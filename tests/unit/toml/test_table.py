@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,33 @@ def test_values_in_their_units() -> None:
     assert top.size("b") == 3 * 2**29
     assert top.mapping("c") == (("x", "y"),)
     top.finish()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 100_000,
+        "a = " + "[" * 90 + "]" * 90,
+        "a = " + "{b=" * 90 + "1" + "}" * 90,
+        "x = 1\n" + ".".join("a" * 100_000) + " = 1",
+        "[" + ".".join(["'q'"] * 50_000) + "]",
+    ],
+    ids=["open", "arrays", "inline", "dotted", "header"],
+)
+def test_deep_nesting_is_told_and_takes_no_time(text: str) -> None:
+    before = time.process_time()
+    message = failure(lambda: table(text)).message
+    assert "nested deeper than 64" in message or "not TOML" in message
+    assert time.process_time() - before < 2
+
+
+def test_many_keys_take_time_in_proportion() -> None:
+    text = "".join(f"k{number} = {number}\n" for number in range(50_000))
+    before = time.process_time()
+    assert table(text).line("k49999") == 50_000
+    assert time.process_time() - before < 5
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "big.toml").write_text("a = 1\n" * 1_000_000)
+    assert failure(lambda: read_toml(tmp_path / "big.toml")).message.endswith("is larger than 4.0 MiB")
