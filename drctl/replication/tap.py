@@ -64,6 +64,8 @@ class Recorder(Protocol):
 
     def disconnected(self, disk: int) -> None: ...
 
+    def ended(self, disk: int, *, goodbye: bool) -> None: ...
+
 
 class Sink:
     """Keeps nothing. It lets a mirror whose tap died end softly: QEMU never ends one with a dead target."""
@@ -92,6 +94,9 @@ class Sink:
         return self._connections
 
     def disconnected(self, disk: int) -> None:
+        pass
+
+    def ended(self, disk: int, *, goodbye: bool) -> None:
         pass
 
 
@@ -217,6 +222,7 @@ class Tap:
         if connection.disk >= 0:
             if not connection.lost:
                 self._recorder.disconnected(connection.disk)
+            self._recorder.ended(connection.disk, goodbye=connection.session.closed and not reason)
             del self._live[connection.name]
             _say(f"{connection.name}: disconnected" + (f": {reason}" if reason else ""))
         elif reason:

@@ -148,6 +148,7 @@ class RingWriter:
                 start = self._ring.tables[disk]
                 words[start + DiskWord.WRITES] += counts[0]
                 words[start + DiskWord.BYTES] += counts[1]
+                words[start + DiskWord.WRITTEN] = self.now
                 counts[0] = counts[1] = 0
         return True
 
@@ -214,7 +215,9 @@ class RingWriter:
         return news
 
     def order_lost(self, reason: OrderReason) -> None:
-        """Note it, before another write is accepted."""
+        """Note it, before another write is accepted. Whether that of a connection is one for good, `ended` tells."""
+        if reason is not OrderReason.CONNECTION_LOST:
+            self._words[Word.LOSSES] += 1
         self._words[Word.LAST_REASON] = reason
         self._words[Word.ORDER_STAMP] += 1
 
@@ -222,6 +225,7 @@ class RingWriter:
         """A client has entered the disk's export; the connection's number."""
         self._words[Word.CONNECTIONS] += 1
         number = self._words[Word.CONNECTIONS]
+        self._set(disk, DiskWord.ENDED, 0)
         self._set(disk, DiskWord.CONNECTION, number)
         return number
 
@@ -229,6 +233,14 @@ class RingWriter:
         """The disk's connection ended, however it did: from now on writes may pass us by."""
         self._set(disk, DiskWord.CONNECTION, 0)
         self.order_lost(OrderReason.CONNECTION_LOST)
+
+    def ended(self, disk: int, *, goodbye: bool) -> None:
+        """All that the client sent before its end is published. Without a goodbye more may have been on its way: QEMU
+        says goodbye when it closes the mirror's target, after every write has ended."""
+        if goodbye:
+            self._set(disk, DiskWord.ENDED, max(self.now, 1))
+        else:
+            self._words[Word.LOSSES] += 1
 
 
 def _set_bits(bits: memoryview, first: int, last: int) -> None:

@@ -3,8 +3,8 @@
 Written by one tap, read by one shipper, looked at by the watchdog. Layout (also in docs/formats.md), native 64-bit
 words so that each store is one instruction:
 
-    0       4096  header: 512 words, see Word
-    4096    slots × 48  descriptors; sequence s lives in slot s % slots
+    0       8192  header: 1024 words, see Word
+    8192    slots × 48  descriptors; sequence s lives in slot s % slots
     then    data area, `data_capacity` bytes, page aligned
 
     descriptor (48 bytes)
@@ -29,15 +29,15 @@ import struct
 from enum import IntEnum
 from zlib import crc32
 
-MAGIC = int.from_bytes(b"DRRING01", "little")
-HEADER_SIZE = 4096
+MAGIC = int.from_bytes(b"DRRING02", "little")
+HEADER_SIZE = 8192
 DESCRIPTOR = struct.Struct("<QQQIHBBQII")
 DESCRIPTOR_SIZE = DESCRIPTOR.size
 RECORD_WRITE = 1
 RECORD_ZERO = 2
 #: First word of the per-disk table, and words per disk (see DiskWord).
 DISK_TABLE = 64
-DISK_WORDS = 5
+DISK_WORDS = 7
 #: Disks of one group on one host, bounded by the header's space. Entries stand in the order in which the creator
 #: named them; DiskWord.NUMBER tells whose each is.
 MAX_DISKS = (HEADER_SIZE // 8 - DISK_TABLE) // DISK_WORDS
@@ -91,6 +91,8 @@ class Word(IntEnum):
     DISKS = 22  # [creator] number of disks
     LAST_REASON = 23  # [tap] OrderReason of the newest ORDER_STAMP
     CONNECTIONS = 24  # [tap] connection numbers given so far under this epoch
+    LOSSES = 25  # [tap] +1 at every loss of order but the end of a connection that said goodbye
+    ORDERED_LOSSES = 26  # [supervisor] LOSSES when order was proven for ORDERED_STAMP
 
 
 class DiskWord(IntEnum):
@@ -101,6 +103,8 @@ class DiskWord(IntEnum):
     BYTES = 2
     SIZE = 3  # [creator] bytes
     NUMBER = 4  # [creator] the disk's number in its group
+    ENDED = 5  # CLOCK_MONOTONIC nanoseconds when its newest connection ended by a goodbye; 0: it lives, or was lost
+    WRITTEN = 6  # CLOCK_MONOTONIC nanoseconds at which its newest record was published, 0: none
 
 
 class OrderReason(IntEnum):

@@ -97,7 +97,7 @@ def test_a_connection_that_ends_loses_order(make: Make, goodbye: str) -> None:
     rig = make(disks=2)
     writer, other = rig.writer(), rig.writer("vm.vdb")
     assert writer.write(0, b"1" * 512) == 0
-    stamp = rig.word(Word.ORDER_STAMP)
+    stamp, losses = rig.word(Word.ORDER_STAMP), rig.word(Word.LOSSES)
     if goodbye == "disc":
         writer.disc()
     elif goodbye == "close":
@@ -110,6 +110,13 @@ def test_a_connection_that_ends_loses_order(make: Make, goodbye: str) -> None:
     assert rig.word(Word.LAST_REASON) == OrderReason.CONNECTION_LOST
     assert rig.disk_word(DiskWord.CONNECTION) == 0
     assert rig.disk_word(DiskWord.CONNECTION, 11) == 2
+    # Only a goodbye says that nothing more was on its way.
+    if goodbye == "disc":
+        until(lambda: rig.disk_word(DiskWord.ENDED) > rig.disk_word(DiskWord.WRITTEN) > 0)
+        assert rig.word(Word.LOSSES) == losses
+    else:
+        until(lambda: rig.word(Word.LOSSES) == losses + 1)
+        assert rig.disk_word(DiskWord.ENDED) == 0
     again = rig.writer()
     assert rig.disk_word(DiskWord.CONNECTION) == 3
     assert again.write(0, bytes(512)) == 0

@@ -282,6 +282,33 @@ def test_connection_numbers_are_never_reused_under_an_epoch(pair: Pair) -> None:
     assert pair.writer.connected(4) == 3
 
 
+def test_a_goodbye_is_no_loss_and_all_else_is_one(pair: Pair) -> None:
+    """Whether writes of a disk may have passed the ring by is told by ENDED and LOSSES together."""
+    before = pair.word(Word.LOSSES)
+    pair.writer.poll(77)
+    pair.writer.connected(4)
+    put(pair, 1)
+    pair.writer.publish()
+    assert pair.reading.disk_word(4, DiskWord.WRITTEN) == 77
+    assert pair.reading.disk_word(300, DiskWord.WRITTEN) == 0
+    pair.writer.poll(88)
+    pair.writer.disconnected(4)
+    assert (pair.word(Word.LOSSES), pair.reading.disk_word(4, DiskWord.ENDED)) == (before, 0), "not told yet"
+    pair.writer.ended(4, goodbye=True)
+    assert (pair.word(Word.LOSSES), pair.reading.disk_word(4, DiskWord.ENDED)) == (before, 88)
+    pair.writer.connected(4)
+    assert pair.reading.disk_word(4, DiskWord.ENDED) == 0
+    pair.writer.disconnected(4)
+    pair.writer.ended(4, goodbye=False)
+    assert (pair.word(Word.LOSSES), pair.reading.disk_word(4, DiskWord.ENDED)) == (before + 1, 0)
+    for reason in (OrderReason.WRITE_REFUSED, OrderReason.RING_FULL):
+        pair.writer.order_lost(reason)
+    assert pair.word(Word.LOSSES) == before + 3
+    pair.kill()
+    pair.reopen()
+    assert pair.word(Word.LOSSES) == before + 4, "a tap that died may have died before a write came"
+
+
 # --- a full ring
 
 
