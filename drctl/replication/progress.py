@@ -114,6 +114,10 @@ class Progress:
         self._told_sync = ""
         self._ordered = False
         self.lost_at_receiver = False
+        #: Records that it had acknowledged are lost at the receiver: nothing but a pass over all disks heals that.
+        self._must_pass = False
+        #: Largest number of a mark that the receiver had when the connection was made.
+        self.receiver_number = 0
 
     # events
 
@@ -133,6 +137,8 @@ class Progress:
             raise WrongPhase(f"the receiver has {position} of this epoch, the ring only {self._published}")
         self.connected = True
         self.lost_at_receiver = position < self.released
+        self._must_pass |= self.lost_at_receiver
+        self.receiver_number = welcome.last_number
         if self.lost_at_receiver:
             self._forget_receiver()
             welcome = Welcome(
@@ -155,9 +161,16 @@ class Progress:
 
     def _needs_after(self, welcome: Welcome) -> Needs:
         """The receiver can't tell a whole epoch without a mark, or a sync of dropped blocks, from a broken off pass:
-        it says `full`. When this process has seen the pass end, or runs the one for dropped blocks, it knows better."""
+        it says `full`. When this process has seen the pass end, or runs the one for dropped blocks, it knows better.
+
+        And an epoch with a durable MARK was whole there: no mark is planned before. What was written unseen since is
+        known to the supervisor, which has it on disk and orders a pass; what was dropped is in the ring's maps."""
         needs = Needs(welcome.needs)
-        if needs is not Needs.FULL or self.lost_at_receiver or self.needs is not Needs.NOTHING:
+        if self._must_pass:
+            return Needs.INITIAL if needs is Needs.INITIAL else Needs.FULL
+        if needs is Needs.FULL and welcome.last_mark:
+            return Needs.NOTHING
+        if needs is not Needs.FULL or self.needs is not Needs.NOTHING:
             return needs
         if welcome.sync is None or welcome.sync.done:
             return Needs.NOTHING
@@ -200,13 +213,18 @@ class Progress:
     # syncs
 
     def start_sync(self, sync: Sync) -> Sync:
-        """Begin a pass, or go on with the one that the receiver has begun. Raises WrongPhase while one runs."""
+        """Begin a pass, or go on with the one of that id that the receiver has begun; one that it has whole is done at
+        once. Whoever names a pass may use its id again only while its disks stay the same and miss no write.
+
+        Raises WrongPhase while one runs."""
         if self.sync is not None and self.sync.active:
             raise WrongPhase(f"a {self.sync.mode} sync is running already")
         place = self.remote_sync
-        if place is not None and not place.done and sync.mode != Needs.DIRTY and self.needs in (sync.mode,):
-            sync.resume_at(place)
         self.sync = sync
+        if place is not None and place.id == sync.id:
+            sync.resume_at(place)
+            sync.durable(place)
+            self._sync_ended_remotely()
         return sync
 
     def cancel_sync(self) -> None:
@@ -218,6 +236,7 @@ class Progress:
         if sync is not None and sync.state is SyncState.DONE and self.needs is not Needs.UNKNOWN:
             if sync.mode != Needs.DIRTY:
                 self.needs = Needs.NOTHING
+                self._must_pass = False
             if self.marks.last_number and sync.mode != Needs.INITIAL and sync.total and sync.id != self._told_sync:
                 # Each acknowledgement tells of the ended sync again; only the first mark after it is its own.
                 self._told_sync = sync.id

@@ -201,9 +201,10 @@ class Shipper:
         }
 
     async def _sync_start(self, params: dict[str, Any]) -> Any:
-        """{mode, disks {number: {socket, export}}} → {mode}; progress is told in the status."""
+        """{mode, disks {number: {socket, export}}, id, equal [number]} → {mode}; progress is told in the status."""
         exports = {int(n): Export(str(disk["socket"]), str(disk["export"])) for n, disk in params["disks"].items()}
-        self._sync.start(str(params["mode"]), exports)
+        equal = [int(number) for number in params.get("equal") or ()]
+        self._sync.start(str(params["mode"]), exports, str(params.get("id") or ""), equal)
         return {"mode": params["mode"]}
 
     async def _sync_cancel(self, _params: dict[str, Any]) -> Any:

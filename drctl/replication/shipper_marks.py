@@ -19,6 +19,8 @@ ATTEST_TIMEOUT = 5.0
 #: Asking again while the supervisor restarts: a yes then still covers the marks of meanwhile.
 RETRY = 0.5
 ORDER_EVERY = 1.0
+#: Before a mark is tried again for the first time.
+AGAIN = 0.25
 REPORT_EVERY = 1.0
 #: Changes within this time make one report.
 REPORT_GATHER = 0.1
@@ -31,23 +33,38 @@ class MarkCutter:
 
     def __init__(self, state: ShipperState) -> None:
         self._state = state
+        #: The newest mark that the clock cut, and whether it could not cut the one that was due.
+        self._newest: Mark | None = None
+        self._owed = False
 
     async def run(self) -> None:
-        """A mark each interval, counted from the start so that it does not drift; missed ones are not made up for."""
+        """A mark each interval, counted from the start so that it does not drift. One that could not be cut, or was
+        refused, is tried again before the next is due, at growing distances: a short fault costs no interval."""
         interval = self._state.config.interval
         loop = asyncio.get_running_loop()
-        due = loop.time() + interval
+        due, again = loop.time() + interval, AGAIN
         while True:
-            await asyncio.sleep(max(0.0, due - loop.time()))
+            await asyncio.sleep(max(0.0, min(due - loop.time(), again)))
+            if loop.time() >= due:
+                due += interval * max(1, -(-(loop.time() - due) // interval))
+            elif not self._failed():
+                again = AGAIN
+                continue
+            else:
+                again = min(2 * again, interval)
             if not self._state.finished:
                 self._cut()
-            due += interval * max(1, -(-(loop.time() - due) // interval))
+
+    def _failed(self) -> bool:
+        return self._owed or (self._newest is not None and bool(self._newest.failure))
 
     def _cut(self) -> None:
         try:
-            self.cut("crash-consistent", ())
+            self._newest = self.cut("crash-consistent", ())
+            self._owed = False
             self._state.no_mark_because = ""
         except WrongPhase as exc:
+            self._owed = True
             if exc.message != self._state.no_mark_because:
                 self._state.no_mark_because = exc.message
                 self._state.changed.set()

@@ -165,6 +165,7 @@ def status(state: ShipperState) -> dict[str, Any]:
         "backlog_bytes": ring.used_bytes(),
         "order": {"ordered": view.ordered, "stamp": view.order_stamp, "ordered_stamp": view.ordered_stamp},
         "needs": progress.wants.value,
+        "receiver_number": progress.receiver_number,
         "no_mark_because": progress.no_mark_because(),
         "marks": {
             "newest": _mark(newest, state) if newest else None,
@@ -187,6 +188,7 @@ def _mark(mark: Mark, state: ShipperState) -> dict[str, Any]:
         "kind": mark.kind,
         "sequence": mark.sequence,
         "wall_ns": mark.wall_ns,
+        "monotonic_ns": mark.monotonic_ns,
         "time": (mark.wall_ns + state.clock.offset_ns) / 1e9,
         "tags": list(mark.tags),
     }

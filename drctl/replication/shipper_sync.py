@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from uuid import uuid4
 
 from drctl.errors import DrctlError, WrongPhase
@@ -30,16 +31,21 @@ log = logging.getLogger(__name__)
 
 
 class SyncJob:
-    """One order of the supervisor. Modes: `initial`, `full`, `dirty`, `clean` (the disks are known to be equal);
-    `survey` finds out what `full` would send."""
+    """One order of the supervisor. Modes: `initial`, `full`, `dirty`, and `clean` (the disks are known to be equal);
+    `survey` finds out what `full` would send.
+
+    A full pass may be about some disks only: when the receiver needs nothing, or when the others are `equal`, that is
+    known to be the same there."""
 
     def __init__(self, state: ShipperState, reader: Reader) -> None:
         self._state = state
         self._reader = reader
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, mode: str, exports: dict[int, Export]) -> None:
-        """Begin in the background. Raises WrongPhase while one runs or the receiver's needs are not known."""
+    def start(self, mode: str, exports: dict[int, Export], identity: str = "", equal: Collection[int] = ()) -> None:
+        """Begin in the background, or go on with the pass of that identity where the receiver has it durable.
+
+        Raises WrongPhase while one runs or the receiver's needs are not known."""
         if self._task is not None and not self._task.done():
             raise WrongPhase("a sync is running already", hint="see the shipper's status")
         progress = self._state.progress
@@ -48,17 +54,18 @@ class SyncJob:
         sizes = self._state.ring.disks
         if unknown := sorted(set(exports) - set(sizes)):
             raise WrongPhase(f"the ring has no disks {unknown}")
-        if progress.needs is not Needs.NOTHING and mode not in ("clean", SURVEY) and set(exports) != set(sizes):
-            raise WrongPhase(f"the receiver needs all disks, {sorted(sizes)}, not {sorted(exports)} alone")
+        told = {*exports, *(equal if progress.needs is Needs.FULL else ())}
+        if progress.needs is not Needs.NOTHING and mode not in ("clean", SURVEY) and told != set(sizes):
+            raise WrongPhase(f"the receiver needs all disks, {sorted(sizes)}, not {sorted(told)} alone")
         self._state.sync_job = "running"
         self._state.sync_error = ""
-        self._task = asyncio.get_running_loop().create_task(self._run(mode, exports))
+        self._task = asyncio.get_running_loop().create_task(self._run(mode, exports, identity or uuid4().hex))
 
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    async def _run(self, mode: str, exports: dict[int, Export]) -> None:
+    async def _run(self, mode: str, exports: dict[int, Export], identity: str) -> None:
         state = self._state
         try:
             if mode == SURVEY:
@@ -66,8 +73,9 @@ class SyncJob:
                 state.sync_job = "surveyed"
                 return
             if mode != Needs.DIRTY:
-                await self._main(mode, exports)
-            await self._drop_rounds(exports)
+                await self._main(mode, exports, identity)
+            if set(exports) == set(state.ring.disks):
+                await self._drop_rounds(exports)
             state.sync_job = "done"
         except asyncio.CancelledError:
             state.progress.cancel_sync()
@@ -94,20 +102,18 @@ class SyncJob:
         finally:
             running.cancel()
 
-    async def _main(self, mode: str, exports: dict[int, Export]) -> None:
+    async def _main(self, mode: str, exports: dict[int, Export], identity: str) -> None:
         needs = self._state.progress.needs
         if mode == "clean":
-            await self._pass("full", {}, exports, None, 0)
+            await self._pass(Sync(identity, "full", {}), exports, None)
         elif needs is not Needs.NOTHING or mode == Needs.FULL:
             # An initial sync can only be what the receiver asked for; else it is a full pass through the journal.
             real = "initial" if needs is Needs.INITIAL else "full"
             sizes = {number: size for number, size in self._state.ring.disks.items() if number in exports}
-            await self._pass(real, sizes, exports, None, sum(sizes.values()))
+            await self._pass(Sync(identity, real, sizes, sum(sizes.values())), exports, None)
 
-    async def _pass(
-        self, mode: str, sizes: dict[int, int], exports: dict[int, Export], extents: Extents | None, total: int
-    ) -> None:
-        sync = self._state.progress.start_sync(Sync(uuid4().hex, mode, sizes, total))
+    async def _pass(self, wanted: Sync, exports: dict[int, Export], extents: Extents | None) -> None:
+        sync = self._state.progress.start_sync(wanted)
         self._state.wake.set()
         self._state.changed.set()
         await self._reader.run(sync, exports, extents)
@@ -145,5 +151,5 @@ class SyncJob:
         if missing := sorted(set(sizes) - set(exports)):
             raise WrongPhase(f"disks {missing} have dropped blocks but no export to read them from")
         total = sum(extent.length for disk in sizes for extent in ring.dirty_extents(disk))
-        await self._pass("dirty", sizes, exports, ring.dirty_extents, total)
+        await self._pass(Sync(uuid4().hex, "dirty", sizes, total), exports, ring.dirty_extents)
         ring.clear_inactive()

@@ -121,6 +121,12 @@ class Guest:
                 self._ring_bell()
             return sequence
 
+    def unseen(self, disk: int, count: int) -> None:
+        """Writes that pass the ring by, as of a machine that runs while it is not attached."""
+        dice = random.Random(count)
+        for _ in range(count):
+            os.pwrite(self.files[disk], dice.randbytes(4096), dice.randrange(self.sizes[disk] // 4096) * 4096)
+
     def _ring_bell(self) -> None:
         with suppress(OSError):
             bell = os.open(self.bell_path, os.O_WRONLY | os.O_NONBLOCK)
@@ -416,9 +422,9 @@ class LinkRig:
     def receiver_status(self) -> dict:
         return call(self.short / "recv.sock", "status")
 
-    def sync(self, mode: str, timeout: float = 30.0) -> None:
+    def sync(self, mode: str, timeout: float = 30.0, **more) -> None:
         until(lambda: self.status()["needs"] != "unknown", why="receiver reached")
-        call(self.short / "ship.sock", "sync.start", mode=mode, disks=self.exports)
+        call(self.short / "ship.sock", "sync.start", **{"mode": mode, "disks": self.exports, **more})
         until(lambda: self.status()["sync"]["job"] == "done", timeout, why="sync done")
 
     def mark(self, **params) -> dict:

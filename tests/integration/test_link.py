@@ -80,6 +80,7 @@ def test_writes_while_everything_dies(make_rig):
     live.start_receiver()
     live.start_shipper()
     live.sync("initial")
+    live.mark()
     dice = random.Random(7)
     stop = threading.Event()
 
@@ -126,20 +127,93 @@ def test_killed_in_the_first_sync(make_rig, victim):
     rig.start_receiver()
     rig.start_shipper(read_limit=12 * MiB)
     until(lambda: rig.status()["needs"] == "initial")
-    call(rig.short / "ship.sock", "sync.start", mode="initial", disks=rig.exports)
+    call(rig.short / "ship.sock", "sync.start", mode="initial", disks=rig.exports, id="1st")
     until(lambda: rig.receiver_status()["groups"]["web"]["sync"]["offset"] >= 16 * MiB)
     rig.kill(victim)
     rig.guest.scribble(100, 4)
     if victim == "shipper":
         rig.start_shipper()
         until(lambda: rig.status()["needs"] == "initial")
-        rig.sync("initial")
+        rig.sync("initial", id="1st")
         assert rig.status()["sync"]["read_bytes"] <= 16 * MiB, "it did not go on where it was"
     else:
         rig.start_receiver()
         until(lambda: rig.status()["sync"]["job"] == "done", 30)
     told = rig.mark()
     assert rig.view(told["number"]) == rig.guest.prefix(told["sequence"])
+
+
+@pytest.mark.parametrize("mode", ["initial", "full"])
+def test_a_pass_is_not_run_again_for_a_shipper_that_died_after_it(make_rig, mode):
+    """Between SYNC_END and the first durable mark the receiver can't tell that the epoch is whole; it knows the pass."""
+    rig = make_rig()
+    rig.serve_disks()
+    rig.start_receiver()
+    if mode == "full":
+        rig.start_shipper()
+        rig.sync("initial")
+        rig.mark()
+        rig.kill("shipper")
+        rig.guest.new_ring("a" * 32)
+    rig.start_shipper(interval=3600)
+    rig.guest.scribble(200, 3)
+    rig.sync(mode, id="this one")
+    rig.kill("shipper")
+    rig.guest.scribble(50, 4)
+    rig.start_shipper(interval=3600)
+    until(lambda: rig.status()["needs"] == "full")
+    rig.sync("full", id="this one")
+    assert rig.status()["sync"]["read_bytes"] == 0
+    told = rig.mark()
+    assert rig.view(told["number"])[1] == rig.guest.disk(1)
+    rig.check_all()
+
+
+def test_a_pass_over_one_disk_of_a_live_group(make_rig):
+    """What the others hold is there already; a broken link does not make it a pass over all."""
+    rig = make_rig(sizes={1: 24 * MiB, 2: 8 * MiB}, ring_bytes=96 * MiB)
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    before = rig.mark()
+    rig.guest.unseen(1, 40)
+    call(rig.short / "ship.sock", "limit", read_limit=12 * MiB)
+    one = {"1": rig.exports["1"]}
+    call(rig.short / "ship.sock", "sync.start", mode="full", disks=one, id="web")
+    until(lambda: rig.status()["sync"]["done_bytes"] >= 4 * MiB)
+    rig.kill("shipper")
+    rig.guest.scribble(100, 4)
+    rig.start_shipper()
+    until(lambda: rig.status()["needs"] != "unknown")
+    assert rig.status()["needs"] == "nothing", "the supervisor remembers which disks missed writes"
+    rig.sync("full", disks=one, id="web")
+    assert rig.status()["sync"]["total_bytes"] == 24 * MiB
+    told = rig.mark()
+    assert rig.view(told["number"]) == {1: rig.guest.disk(1), 2: rig.guest.disk(2)}
+    assert rig.view(before["number"]) == rig.guest.prefix(before["sequence"])
+
+
+def test_a_new_epoch_that_is_equal_in_part(make_rig):
+    rig = make_rig(sizes={1: 4 * MiB, 2: 8 * MiB})
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    rig.guest.scribble(100, 3)
+    rig.mark()
+    rig.kill("shipper")
+    rig.guest.new_ring("a" * 32)
+    rig.guest.unseen(2, 40)
+    rig.start_shipper()
+    until(lambda: rig.status()["needs"] == "full")
+    two = {"2": rig.exports["2"]}
+    with pytest.raises(RuntimeError, match="needs all disks"):
+        rig.sync("full", disks=two)
+    rig.sync("full", disks=two, equal=[1])
+    assert rig.status()["sync"]["total_bytes"] == 8 * MiB
+    told = rig.mark()
+    assert rig.view(told["number"]) == {1: rig.guest.disk(1), 2: rig.guest.disk(2)}
 
 
 def test_a_full_ring_is_made_good(make_rig):

@@ -202,6 +202,8 @@ class Stream:
         self.reading: list[tuple[Read, int]] = []
         self.clock = 0
         self.syncs = 0
+        #: The supervisor's name of the pass that is wanted: it lives on when a shipper dies.
+        self.passing = ""
         self.todo: list[int] = []
         self.draining: int | None = None
 
@@ -359,6 +361,8 @@ class Stream:
         if self.core.sync is not None and self.core.sync.active:
             return "one runs already"
         wants = self.core.wants.value
+        if wants not in ("initial", "full"):
+            self.passing = ""
         if wants == "dirty":
             return self._start_drain()
         if wants in ("initial", "full"):
@@ -381,10 +385,12 @@ class Stream:
 
     def _start(self, mode: str, blocks: list[int]) -> None:
         self.syncs += 1
-        sync = self.core.start_sync(Sync(f"{self.syncs}-{self.clock}", mode, {0: BLOCKS}, len(blocks)))
+        identity = f"{self.syncs}-{self.clock}"
+        if mode != "dirty":
+            identity = self.passing = self.passing or identity
+        self.core.start_sync(Sync(identity, mode, {0: BLOCKS}, len(blocks)))
         self.blocks = blocks
         self._restart_reads()
-        assert sync.active
 
     def _restart_reads(self) -> None:
         sync = self.core.sync
