@@ -56,7 +56,10 @@ class Appliance:
         self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
         self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
-        self._handovers = HandoverService(home, self._host, self._source.protection, self._source.refuse_superseded)
+        source = self._source
+        self._handovers = HandoverService(
+            home, self._host, source.protection, source.refuse_superseded, source.who_reigns
+        )
         self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
         self._metrics = MetricsService(self._info, self._source, self._stores, home.config.metrics)
         history = History(home.path / "history.jsonl", self._pictures.take_quietly)
@@ -64,7 +67,7 @@ class Appliance:
 
     def serve(self) -> None:
         self._supervise_children()
-        self._host.watch(lambda machine, event: self._source.wake())
+        self._host.watch(self._source.happened)
         self._recovery.resume()
         self._source.start()
         self._handovers.resume(self._source.names())
@@ -76,6 +79,7 @@ class Appliance:
             self._supervise()
             self._notifier.alive()
         self._notifier.stopping()
+        self._source.settle()  # while shippers can still ask us
         self._metrics.stop()
         self._control.stop()
         self._recovery.close()
@@ -90,6 +94,7 @@ class Appliance:
             self._supervise_children()
             self._recovery.supervise()
             self._source.refuse_superseded()
+            self._handovers.look()
         except DrctlError as exc:
             log.warning("%s", exc.message)
         except Exception:  # the supervisor's edge: it must outlive any single thing it looks at

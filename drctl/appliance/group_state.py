@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container, Mapping
 from enum import StrEnum
 from pathlib import Path
 
@@ -19,7 +20,10 @@ FORMAT = 1
 class DiskState(msgspec.Struct, frozen=True):
     """A disk with its number. `pass_needed`: writes may have been missed, the reader has to go over it.
 
-    `left` is the image as it was when its machine powered off in order: (size, mtime ns, inode), or None."""
+    `left` is the image as it was when its machine powered off in order (image_stamp.Stamp), or None; `left_at` the
+    moment at which that was known, CLOCK_MONOTONIC nanoseconds of the boot in which the epoch began. `held` is the
+    number of a checkpoint that is durable at the other side and holds all that was written to the disk before it left
+    (0: none yet): after it nothing was written but what the tap of this epoch has seen."""
 
     number: int
     machine: str
@@ -27,6 +31,16 @@ class DiskState(msgspec.Struct, frozen=True):
     size: int
     pass_needed: bool = True
     left: tuple[int, int, int] | None = None
+    left_at: int = 0
+    held: int = 0
+
+    def missed(self) -> DiskState:
+        """Writes to it may have been missed."""
+        return msgspec.structs.replace(self, pass_needed=True, left=None, left_at=0, held=0)
+
+    def after_epoch(self) -> DiskState:
+        """What is still known of it when the ring is gone: one that had left, and is held there, has missed nothing."""
+        return self if self.left is not None and self.held and not self.pass_needed else self.missed()
 
     @property
     def name(self) -> str:
@@ -64,6 +78,9 @@ class GroupState(msgspec.Struct, frozen=True):
     moved: tuple[str, ...] = ()
     #: The guests, noted while they are protected: whom to start at the host's boot, and whom to refuse.
     guests: tuple[GuestNote, ...] = ()
+    #: The pass that is under way, or was the newest: to go on with it, or to know it again. Forgotten when one of its
+    #: disks misses a write.
+    sync: str = ""
     #: The disks are known to be what the other side holds, though no stream says so: a switchover was rolled back.
     equal: bool = False
     format: int = FORMAT
@@ -76,6 +93,43 @@ class GroupState(msgspec.Struct, frozen=True):
             msgspec.structs.replace(disk, **changes) if disk.number == number else disk for disk in self.disks
         )
         return msgspec.structs.replace(self, disks=disks)
+
+    def with_held(self, checkpoint: int, marked_ns: int) -> GroupState:
+        """The other side has a checkpoint of this epoch that was marked at `marked_ns` (CLOCK_MONOTONIC)."""
+        if not any(disk.left is not None and not disk.held and disk.left_at < marked_ns for disk in self.disks):
+            return self
+        return msgspec.structs.replace(
+            self,
+            disks=tuple(
+                msgspec.structs.replace(disk, held=checkpoint)
+                if disk.left is not None and not disk.held and disk.left_at < marked_ns
+                else disk
+                for disk in self.disks
+            ),
+        )
+
+    def with_left(self, left: Mapping[int, tuple[int, int, int] | None], now_ns: int) -> GroupState:
+        """So the images of these disks are while their machines are off, known at `now_ns` (CLOCK_MONOTONIC)."""
+        disks = tuple(
+            msgspec.structs.replace(disk, left=left[disk.number], left_at=now_ns, held=0)
+            if disk.number in left
+            else disk
+            for disk in self.disks
+        )
+        return msgspec.structs.replace(self, disks=disks)
+
+    def with_clean(self, held: Mapping[int, int]) -> GroupState:
+        """These disks came back before anything was written to them; with the checkpoints that hold them."""
+        disks = tuple(
+            msgspec.structs.replace(disk, pass_needed=False, held=held[disk.number]) if disk.number in held else disk
+            for disk in self.disks
+        )
+        return msgspec.structs.replace(self, disks=disks)
+
+    def with_missed(self, numbers: Container[int]) -> GroupState:
+        """These disks were, or may have been, written unseen."""
+        disks = tuple(disk.missed() if disk.number in numbers else disk for disk in self.disks)
+        return msgspec.structs.replace(self, disks=disks, sync="")
 
     def with_machines(self, machines: list[Machine]) -> GroupState:
         """The disks of the machines as they are now: known ones keep their numbers, new ones get the next."""

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from drctl.appliance.group_state import DiskState, GroupState
+from drctl.model.extent import SECTOR
 from drctl.model.machine import Machine, MachineState
 
 #: States in which a machine's disks are open and may be written.
 RUNNING = (MachineState.RUNNING, MachineState.PAUSED)
 
-#: (size, mtime in ns, inode) of an image file.
+#: (size, mtime in ns, inode) of an image file; of a block device (size, - device number, sectors written so far).
 Stamp = tuple[int, int, int]
+#: Fields of /sys/dev/block/M:N/stat (Documentation/block/stat.rst): sectors written, sectors discarded.
+_SECTORS_WRITTEN, _SECTORS_DISCARDED = 6, 13
 
 
 def image_stamp(path: str) -> Stamp | None:
-    """(size, mtime in ns, inode) of an image file; None when it can't be told."""
+    """What an image is like now, so that a change shows; None when it can't be told.
+
+    A block device has no time of modification, but counts what is written to it; from 0 again after a reboot, so then
+    it has changed."""
     try:
-        stat = Path(path).stat()
-    except OSError:
+        found = Path(path).stat()
+        if stat.S_ISBLK(found.st_mode):
+            return _device_stamp(found.st_rdev)
+    except (OSError, ValueError, IndexError):
         return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _device_stamp(device: int) -> Stamp | None:
+    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve(strict=True)
+    queue = place / "queue" if (place / "queue").exists() else place.parent / "queue"  # a partition has its disk's
+    if int((queue / "iostats").read_text()) == 0:
+        return None
+    fields = (place / "stat").read_text().split()
+    written = int(fields[_SECTORS_WRITTEN]) + int(fields[_SECTORS_DISCARDED])
+    return int((place / "size").read_text()) * SECTOR, -device, written
 
 
 def why_not_in_order(machine: Machine, disks: Sequence[DiskState]) -> str:

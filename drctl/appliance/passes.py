@@ -53,6 +53,11 @@ class Passes:
     def running(self) -> bool:
         return self._now is not None
 
+    @property
+    def mode(self) -> str:
+        """Of the pass that runs; "" when none does."""
+        return self._now.mode if self._now else ""
+
     def begin(
         self, mode: str, numbers: Sequence[int], state: GroupState, machines: Iterable[Machine]
     ) -> dict[int, Export]:
@@ -122,17 +127,35 @@ class Passes:
         return self._home.run / "exports" / f"{self._group}-{name}.sock"
 
 
-def pass_wanted(wants: str, disks: Sequence[DiskState], *, dropping: bool) -> tuple[str, list[int]]:
-    """(mode, disks) of the pass that has to run now; mode is "" when none has, or the link does not stand."""
-    every = [disk.number for disk in disks]
-    if wants in ("initial", "full"):
-        return wants, every
-    if wants in ("nothing", "dirty") and (pending := [disk.number for disk in disks if disk.pass_needed]):
-        log.info("disks %s have missed writes", pending)
-        return "full", every
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A pass that has to run now. `equal`: disks that it leaves out because the other side has them as they are.
+
+    `mode` is "" when none has to run, or the link does not stand."""
+
+    mode: str = ""
+    numbers: tuple[int, ...] = ()
+    equal: tuple[int, ...] = ()
+
+
+def pass_wanted(wants: str, holds: int, state: GroupState, *, dropping: bool) -> Wanted:
+    """What to do about the shipper's `wants`. `holds`: the largest number of a checkpoint that the receiver has.
+
+    With `full` the receiver does not know whether it has the disks whole. It has those that are held by a checkpoint
+    which it still knows: nothing was written to them since but what is in this epoch's stream."""
+    every = tuple(disk.number for disk in state.disks)
+    if wants == "initial":
+        return Wanted(wants, every)
+    if wants == "full":
+        equal = tuple(d.number for d in state.disks if not d.pass_needed and (state.equal or 0 < d.held <= holds))
+        rest = tuple(number for number in every if number not in equal)
+        return Wanted(wants, rest, equal) if rest else Wanted("clean", (), equal)
+    if wants in ("nothing", "dirty") and (pending := tuple(d.number for d in state.disks if d.pass_needed)):
+        log.info("%s: disks %s have missed writes", state.spec.name, pending)
+        return Wanted("full", pending)
     if wants == "dirty" and not dropping:
-        return "dirty", every
-    return "", []
+        return Wanted("dirty", every)
+    return Wanted()
 
 
 def _protocol(path: str) -> str:

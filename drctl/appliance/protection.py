@@ -9,21 +9,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from drctl.appliance import guest_notes
+from drctl.appliance.attendance import Attaching, Attendance
 from drctl.appliance.boot_guard import BootGuard
 from drctl.appliance.config import Home
 from drctl.appliance.definition import DefinitionFile
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
-from drctl.appliance.image_stamp import RUNNING, Stamp, image_stamp, stamps_of_images, untold
-from drctl.appliance.passes import Passes, pass_wanted
+from drctl.appliance.image_stamp import RUNNING, Stamp, stamps_of_images
+from drctl.appliance.passes import Passes, Wanted, pass_wanted
 from drctl.appliance.process import Processes
 from drctl.appliance.resync import SurveyOrder
+from drctl.appliance.returning import Returning
 from drctl.appliance.shipper_link import ShipperLink
 from drctl.appliance.source_host import SourceHost
 from drctl.appliance.strays import Strays
@@ -40,8 +43,6 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 #: The machines' disks are asked for this often without an event (sizes and new disks; states are asked each look).
 MACHINES_SECONDS = 2.0
-#: Images that change while their machine is off are not read more often than this.
-UNTOLD_SECONDS = 60.0
 #: While all seems well it is asked this often whether marks would be attested: the status must not say so alone.
 ATTEST_SECONDS = 1.0
 
@@ -52,11 +53,9 @@ class _Seen:
 
     machines: list[Machine] = field(default_factory=list)
     machines_at: float = 0.0
-    running: frozenset[str] = frozenset()
     #: Images of machines that are off, as they were when the pass began.
     stamps: dict[int, Stamp | None] = field(default_factory=dict)
-    #: When images of machines that are off may be gone over again, and attestation asked for again.
-    untold_due: float = 0.0
+    #: When attestation may be asked for again.
     attest_due: float = 0.0
     attested: str = ""
 
@@ -74,6 +73,8 @@ class Protection:
         self.shipper = ShipperLink(home, self._state, self.worker)
         self.strays = Strays(host, home.store)
         self.boot: BootGuard | None = None  # where the host was booted since the group was last looked after
+        self._returning = Returning(host, self.worker)
+        self._attendance = Attendance(self, host, self.tapping, self._returning)
         self._passes = Passes(home, group, host, processes)
         self.survey = SurveyOrder()
         self._definition = DefinitionFile(home, group, host)
@@ -98,6 +99,15 @@ class Protection:
         self._thread = threading.Thread(target=self._loop, name=f"protect-{self._state.spec.name}", daemon=True)
         self._thread.start()
 
+    def settled(self) -> bool:
+        """Whether waiting is of no use: else its machines are all off, and a checkpoint that holds how they left is on
+        its way. A host that goes down now has to read nothing of them when it is back."""
+        state = self._state
+        awaited = any(disk.left is not None and not disk.held for disk in state.disks)
+        off = not any(machine.state in RUNNING for machine in self._seen.machines)
+        report = self.shipper.report() if awaited and off and state.desired is Desired.PROTECTED else None
+        return report is None or report.wants != "nothing"
+
     def close(self) -> None:
         """Stop looking. Tap, shipper and mirrors go on without us."""
         self._stopping = True
@@ -106,6 +116,11 @@ class Protection:
             self._thread.join(10)
 
     def wake(self) -> None:
+        self._wake.set()
+
+    def happened(self, machine: str, event: str) -> None:
+        """An event of the hypervisor."""
+        self._returning.happened(machine, event)
         self._wake.set()
 
     def want(self, desired: Desired) -> None:
@@ -131,7 +146,7 @@ class Protection:
 
     def go_over(self) -> None:
         """Read all disks and compare them with the other side's. No mark is cut until that is done."""
-        self._miss([disk.number for disk in self._state.disks])
+        self._attendance.miss([disk.number for disk in self._state.disks])
         self.wake()
 
     def attest(self) -> str:
@@ -190,15 +205,15 @@ class Protection:
             self.shipper.new_definition()
         if self.worker.ensure_tap():
             self._say("the tap was started")
-        self._note_power()
+        self._attendance.note_power(self._seen.machines, reading=self._passes.running)
         self._attach()
         self.shipper.ensure(self._state)
         self._order_and_passes()
 
-    def _look_at_machines(self) -> None:
+    def _look_at_machines(self, *, anew: bool = False) -> None:
         """Raises HostUnreachable, or NotFound when a machine of the group is gone."""
         now = time.monotonic()
-        if now - self._seen.machines_at > MACHINES_SECONDS or not self._seen.machines:
+        if anew or now - self._seen.machines_at > MACHINES_SECONDS or not self._seen.machines:
             self._seen.machines = [self._host.machine(name) for name in self._state.spec.machines]
             self._seen.machines_at = now
             return
@@ -220,76 +235,30 @@ class Protection:
                 self._keep(guests=guest_notes.give_back(self._host, self._state).guests)
 
     def _begin_epoch(self) -> None:
-        """No ring, or not ours: what was in it is lost, so every disk has to be gone over."""
+        """No ring, or not ours: what was in it is lost. What had left before is known to be at the other side."""
         with self._lock:
             first = not self._state.epoch
             state = self._state.with_machines(self._seen.machines)
             epoch = self.worker.new_ring(state)
-            disks = tuple(msgspec.structs.replace(disk, pass_needed=True, left=None) for disk in state.disks)
+            disks = state.disks
+            if not state.equal:
+                disks = tuple(disk.after_epoch() for disk in disks)
             phase = self._state.phase if first else advance(state.spec.name, state.phase, Event.RING_LOST)
             self._state = state
-            self._keep(epoch=epoch, disks=disks, phase=phase)
+            self._keep(epoch=epoch, disks=disks, phase=phase, sync="")
             self.shipper.configure(self._state)
 
-    def _note_power(self) -> None:
-        """A machine that went off in order stays provable while its images stay as they are; one that came on was
-        written by nobody we know, so it must be gone over."""
-        running = frozenset(machine.name for machine in self._seen.machines if machine.state in RUNNING)
-        if went_off := self._seen.running - running:
-            self._note_end(went_off)
-        self._seen.running = running
-        if back := running & set(self._state.moved):
-            self._keep(moved=tuple(name for name in self._state.moved if name not in back))
-        self._note_untold()
-
-    def _note_end(self, went_off: frozenset[str]) -> None:
-        moved = {name for name in went_off if self._host.moved_away(name)}
-        if moved:
-            self._keep(moved=tuple(sorted(moved | set(self._state.moved))))
-        lost = [disk for disk in self._state.disks if disk.machine in went_off]
-        words_behind = self.worker.order_stamp() - self.worker.proven_stamp()
-        in_order = not moved and words_behind == len(lost) and not any(disk.pass_needed for disk in lost)
-        for machine in self._seen.machines:
-            if machine.name in went_off:
-                self._note_left(machine, in_order=in_order)
-
-    def _note_untold(self) -> None:
-        """What is known of no image of a machine that is off has to be read: nobody saw it go, or its file changed."""
-        now = time.monotonic()
-        if self._passes.running or now < self._seen.untold_due:
-            return
-        if numbers := untold(self._state, self._seen.machines):
-            self._seen.untold_due = now + UNTOLD_SECONDS
-            self._miss(numbers)
-
-    def _note_left(self, machine: Machine, *, in_order: bool) -> None:
-        sources = {disk.target: disk.source for disk in machine.disks}
-        with self._lock:
-            for disk in self._state.disks:
-                if disk.machine == machine.name:
-                    left = image_stamp(sources.get(disk.target, "")) if in_order else None
-                    self._state = self._state.with_disk(disk.number, left=left)
-            self._keep()
-
-    def _miss(self, numbers: Iterable[int]) -> None:
-        """These disks were, or may have been, written unseen."""
-        with self._lock:
-            for number in numbers:
-                self._state = self._state.with_disk(number, pass_needed=True, left=None)
-            self._keep()
-
     def _attach(self) -> None:
-        missing = set(self.tapping.missing(self._state, self._seen.machines))
-        if not missing:
-            return
-        # Written down first: whoever comes after a crash here must know that these disks missed writes.
-        self._miss(missing)
+        place = Place(str(self.worker.socket_path), self.worker.start_sink)
+        self._attendance.attach(self._seen.machines, Attaching(place, self._machines_now, self._end_pass))
+
+    def _machines_now(self) -> Sequence[Machine]:
+        self._look_at_machines(anew=True)
+        return self._seen.machines
+
+    def _end_pass(self) -> None:
         self._passes.end()
         self.shipper.cancel_sync()
-        place = Place(str(self.worker.socket_path), self.worker.start_sink)
-        for machine in self._seen.machines:
-            if machine.state in RUNNING:
-                self.tapping.attach(self._state, machine, missing, place)
 
     # -- order and passes -------------------------------------------------------------------------------------------
 
@@ -306,12 +275,10 @@ class Protection:
             return
         if self.survey.running:
             self.survey.ended({})
-        mode, numbers = pass_wanted(report.wants, self._state.disks, dropping=self.worker.dropping())
-        if mode:
-            self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
-            exports = self._passes.begin(mode, numbers, self._state, self._seen.machines)
-            self.shipper.start_sync(mode, exports)
-            self._settle(f"the reader goes over {len(numbers)} disk(s)")
+        self._attendance.note_held(self.shipper.newest_of(self._state.epoch), reading=self._passes.running)
+        wanted = pass_wanted(report.wants, report.holds, self._state, dropping=self.worker.dropping())
+        if wanted.mode:
+            self._begin_pass(wanted)
         elif report.wants not in ("nothing", "dirty"):
             self._settle(report.reason or "the other site was not reached yet")
         else:
@@ -323,23 +290,36 @@ class Protection:
         every = [disk.number for disk in self._state.disks]
         exports = self._passes.begin("survey", every, self._state, self._seen.machines)
         self.survey.began()
-        self.shipper.start_sync("survey", exports)
+        self.shipper.start_sync("survey", exports, "", ())
+
+    def _begin_pass(self, wanted: Wanted) -> None:
+        if not self._state.sync:
+            if wanted.mode in ("initial", "full"):
+                self._attendance.miss(wanted.numbers)  # already known, but where the other side has lost what it had
+            self._keep(sync=uuid.uuid4().hex)
+        self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
+        exports = self._passes.begin(wanted.mode, wanted.numbers, self._state, self._seen.machines)
+        self.shipper.start_sync(wanted.mode, exports, self._state.sync, wanted.equal)
+        self._settle(f"the reader goes over {len(wanted.numbers)} disk(s)" if wanted.numbers else "")
 
     def _follow_pass(self, *, active: bool, done: bool) -> None:
         if active:
             self._settle("")
             return
-        numbers = self._passes.end()
+        mode, numbers = self._passes.mode, self._passes.end()
         if self.survey.running:
             self.survey.ended(self.shipper.status)
-        if done:
+        if done and mode in ("initial", "full", "clean"):
             with self._lock:
-                stamps = stamps_of_images(self._state, self._seen.machines)
+                self._state = msgspec.structs.replace(self._state, equal=False)
                 for number in numbers:
-                    before = self._seen.stamps.get(number)
-                    left = before if before is not None and before == stamps.get(number) else None
-                    self._state = self._state.with_disk(number, pass_needed=False, left=left)
+                    self._state = self._state.with_disk(number, pass_needed=False)
                 self._keep()
+            now = stamps_of_images(self._state, self._seen.machines)
+            before = self._seen.stamps
+            self._attendance.note_left(
+                {n: now[n] if now[n] == before[n] else None for n in numbers if n in now and n in before}
+            )
 
     def _prove(self, reason: str) -> None:
         if self.worker.dropping():
@@ -391,7 +371,7 @@ class Protection:
                 return
         self.worker.remove()
         with self._lock:
-            disks = tuple(msgspec.structs.replace(disk, pass_needed=True, left=None) for disk in self._state.disks)
+            disks = tuple(disk.after_epoch() for disk in self._state.disks)
             self._keep(epoch="", disks=disks)
 
     # -- helpers ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ REPORT_SECONDS = 5.0
 @dataclass(frozen=True, slots=True)
 class Report:
     """The parts of a shipper's status that the protection decides by. `wants` is a pass: `unknown`, `initial`,
-    `full`, `dirty` or `nothing`."""
+    `full`, `dirty` or `nothing`; `holds` the largest number of a checkpoint that the other side is known to have."""
 
     wants: str
+    holds: int
     reason: str
     sync_active: bool
     sync_done: bool
@@ -94,6 +96,11 @@ class ShipperLink:
         if sync.get("id") != self._sync_seen[0]:
             self._sync_seen = (sync.get("id"), now, int(sync.get("done_bytes") or 0))
 
+    def newest_of(self, epoch: str) -> dict[str, Any] | None:
+        """The newest checkpoint of an epoch that is durable at the other side, as far as this shipper knows."""
+        status = self.status
+        return (status.get("marks") or {}).get("newest") if status.get("epoch") == epoch else None
+
     def sync_eta(self) -> float | None:
         """Seconds until the running pass ends at the pace that it had so far; None while that is not known."""
         sync = self.status.get("sync") or {}
@@ -120,6 +127,7 @@ class ShipperLink:
         reason = "" if connected else str(error.get("message") or "the other site is not reached")
         return Report(
             wants=str(status.get("needs", "unknown")) if connected else "unknown",
+            holds=int(status.get("receiver_number") or 0),
             reason=reason,
             sync_active=sync.get("job") == "running",
             sync_done=sync.get("job") == "done",
@@ -142,9 +150,11 @@ class ShipperLink:
         """Ask for the status now, without waiting for the next report."""
         self.take(self.call("status"))
 
-    def start_sync(self, mode: str, exports: dict[int, Export]) -> None:
+    def start_sync(
+        self, mode: str, exports: dict[int, Export], identity: str = "", equal: Collection[int] = ()
+    ) -> None:
         disks = {str(number): {"socket": e.socket, "export": e.export} for number, e in exports.items()}
-        self.call("sync.start", {"mode": mode, "disks": disks})
+        self.call("sync.start", {"mode": mode, "disks": disks, "id": identity, "equal": sorted(equal)})
         self.refresh()
 
     def new_definition(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
-from drctl.appliance.group_state import Desired, GroupFiles
+from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.guest_notes import wanted
 from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.process import Processes
@@ -24,9 +24,12 @@ from drctl.errors import AlreadyExists, NotFound, OutOfSpace, Refused, StepFaile
 from drctl.model.extent import format_bytes
 from drctl.model.group import GroupSpec
 from drctl.model.phase import Phase
+from drctl.replication.reign import Answer
 
 #: Longest that `replicate.start` waits for the mirrors; the first sync goes on by itself.
 ATTACH_SECONDS = 30.0
+#: Longest that an appliance which is told to end waits for checkpoints of machines that have just powered off.
+SETTLE_SECONDS = 10.0
 
 
 class SourceService:
@@ -56,15 +59,21 @@ class SourceService:
         """While a failover brings the group to this host, its guests may be started here."""
         return self._reign.lifted(group)
 
+    def settle(self) -> None:
+        """Wait, for some seconds, for the last checkpoints of groups whose machines are all off."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline and not all(each.settled() for each in list(self._protections.values())):
+            time.sleep(0.1)
+
     def close(self) -> None:
         self._reign.close()
         for protection in self._protections.values():
             protection.close()
 
-    def wake(self) -> None:
-        """Something happened at the hypervisor: look now."""
+    def happened(self, machine: str, event: str) -> None:
+        """Something happened at the hypervisor: look now. From any thread."""
         for protection in list(self._protections.values()):
-            protection.wake()
+            protection.happened(machine, event)
 
     def _open(self, name: str) -> Protection:
         with self._lock:
@@ -81,6 +90,10 @@ class SourceService:
         return self._protections[name]
 
     # -- groups -----------------------------------------------------------------------------------------------------
+
+    def who_reigns(self, state: GroupState) -> Answer:
+        """What the other site says of a group that was handed over. Blocks for some seconds."""
+        return self._reign.who_reigns(state)
 
     def protection(self, group: str) -> Protection:
         """Raises NotFound."""

@@ -39,8 +39,12 @@ class RingState(Protocol):
         """The tap's heartbeat is fresh: a dead tap goes unnoticed by an idle guest's QEMU."""
         ...
 
-    def prove(self, stamp: int, sequence: int) -> None:
-        """Write down that the group is ordered from `sequence` on under `stamp`."""
+    def losses(self) -> int:
+        """Losses of order so far, but for connections that said goodbye."""
+        ...
+
+    def prove(self, stamp: int, sequence: int, losses: int) -> None:
+        """Write down that the group is ordered from `sequence` on under `stamp`, after so many losses."""
         ...
 
 
@@ -110,6 +114,7 @@ class Tapping:
         (see Mirror.prove_order)."""
         with self._lock:
             self._demand_beat()
+            losses = self._ring.losses()
             stamp = self._ring.order_stamp()
             running = [m for m in machines if m.state in RUNNING]
             disks = [disk for m in running for disk in _disks_of(state, m.name)]
@@ -127,7 +132,7 @@ class Tapping:
             after = [self._ring.connection(disk.number) for disk in disks]
             if stamp != self._ring.order_stamp() or (0 not in before and before != after):
                 return "order was lost again while it was being proven"
-            self._ring.prove(stamp, sequence)
+            self._ring.prove(stamp, sequence, losses)
             return ""
 
     def recover(self, state: GroupState, machines: Iterable[Machine]) -> None:

@@ -114,11 +114,23 @@ class Worker:
         words = self.ring.words
         return words[Word.ORDERED_STAMP] == words[Word.ORDER_STAMP]
 
-    def proven_stamp(self) -> int:
-        return self.ring.words[Word.ORDERED_STAMP]
+    def losses(self) -> int:
+        return self.ring.words[Word.LOSSES]
 
-    def prove(self, stamp: int, sequence: int) -> None:
-        # The sequence first: whoever sees the stamp must see the sequence that belongs to it.
+    def lossless(self) -> bool:
+        """Since order was proven nothing was lost but connections that said goodbye (departure.Ends)."""
+        words = self.ring.words
+        return words[Word.LOSSES] == words[Word.ORDERED_LOSSES]
+
+    def ended(self, number: int) -> int:
+        return self.ring.disk_word(number, DiskWord.ENDED)
+
+    def written(self, number: int) -> int:
+        return self.ring.disk_word(number, DiskWord.WRITTEN)
+
+    def prove(self, stamp: int, sequence: int, losses: int) -> None:
+        # The stamp last: whoever sees it must see what belongs to it.
+        self.ring.words[Word.ORDERED_LOSSES] = losses
         self.ring.words[Word.ORDERED_SEQUENCE] = sequence
         self.ring.words[Word.ORDERED_STAMP] = stamp
 

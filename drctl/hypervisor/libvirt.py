@@ -76,7 +76,8 @@ class LibvirtHypervisor:
     def watch(self, callback: Callable[[str, str], None]) -> None:
         """Call back (machine, event) for each event, from another thread; it must hand over, not call back into here.
 
-        Events: `started`, `stopped`, `migrated`, `crashed`, `shutdown`, `suspended`, `resumed`, `defined`,
+        Events: `started`, `stopped` (after `destroyed`, `saved` or `failed`, if it was that), `migrated`, `crashed`,
+        `shutdown`, `suspended`, `resumed`, `defined`,
         `undefined`, `block-job:TARGET:completed|failed|canceled|ready` (libvirt's own jobs only),
         `agent:connected|disconnected`, `device-added:ALIAS`, `device-removed:ALIAS`, `io-error:ALIAS:REASON`,
         `job-completed`; with an empty machine `host-lost`, `host-back` (events in between are lost)."""
@@ -129,6 +130,12 @@ class LibvirtHypervisor:
         domain = self._domain(name)
         with self._connection.translated(name):
             return bool(domain.state() == [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED])
+
+    def ended_in_order(self, name: str) -> bool:
+        """Whether the machine is off because its guest powered off; libvirtd forgets it when it restarts."""
+        domain = self._domain(name)
+        with self._connection.translated(name):
+            return bool(domain.state() == [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN])
 
     def definition(self, name: str) -> str:
         """The persistent definition, with secrets; of a transient machine what it was started from."""

@@ -43,6 +43,12 @@ _STOPPED: Final = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED: "migrated",
     libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED: "crashed",
 }
+#: Told before `stopped`, so that whoever hears that knows already.
+_ENDED_BY: Final = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: "destroyed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED: "saved",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED: "failed",
+}
 _BLOCK_JOB: Final = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED: "completed",
     libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED: "failed",
@@ -215,6 +221,8 @@ class Connection:
         word = _LIFECYCLE.get(event, f"lifecycle-{event}")
         if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             word = _STOPPED.get(detail, word)
+            if how := _ENDED_BY.get(detail):
+                self._tell(domain.name(), how)
         self._tell(domain.name(), word)
 
     def _on_block_job(self, _c: Any, domain: libvirt.virDomain, disk: str, _kind: int, status: int, _o: Any) -> None:
