@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from drctl.appliance.config import Home
+from drctl.appliance.group_state import GroupState
 from drctl.appliance.handover_state import handed_over, taken_back
 from drctl.appliance.image_stamp import Stamp, image_stamp
 from drctl.appliance.protection import Protection
@@ -29,13 +30,19 @@ from drctl.appliance.source_handover import (
     begin,
     why_not,
 )
-from drctl.errors import ApplianceUnreachable, DrctlError, Locked, Refused, StepFailed
+from drctl.errors import ApplianceUnreachable, DrctlError, Locked, NotFound, Refused, StepFailed
 from drctl.model.phase import Phase
+from drctl.replication.reign import Answer, Reign
 
 log = logging.getLogger(__name__)
 
 #: A caller that hears nothing for so long hears at least that the work goes on; one that is gone is noticed by it.
 TELL_SECONDS = 1.0
+#: How often the other side is asked whether it has given a group back by itself.
+ASK_SECONDS = 5.0
+
+#: What the thread of a handover tells who follows it.
+Told = queue.Queue[dict[str, Any] | DrctlError | Handover]
 
 
 class ProtectedGroup:
@@ -110,26 +117,44 @@ class HandoverService:
     """The handovers of this host's groups. Methods may be called from any thread.
 
     `find` gives a group's protection or raises NotFound; `unguarded` makes what keeps superseded guests from starting
-    look at the groups anew."""
+    look at the groups anew; `asking` asks the other side who reigns, whatever generation that is."""
 
     def __init__(
-        self, home: Home, host: HandoverHost, find: Callable[[str], Protection], unguarded: Callable[[], None]
+        self,
+        home: Home,
+        host: HandoverHost,
+        find: Callable[[str], Protection],
+        unguarded: Callable[[], None],
+        asking: Callable[[GroupState], Answer],
     ) -> None:
         self._files = HandoverFiles(home.path / "handovers")
         self._host = host
         self._find = find
         self._unguarded = unguarded
+        self._asking = asking
+        self._due = 0.0
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 
     def resume(self, groups: list[str]) -> None:
-        """Go on with what an earlier supervisor left half done. Call once."""
+        """Go on with what an earlier supervisor left half done. Call once, before `look`."""
         for name in groups:
             with suppress(DrctlError):
                 record = self._files.load(name)
                 if record is not None and record.phase is not HandoverPhase.HANDED_OVER:
-                    handing = self._handing(name, record)
-                    self._begin(name, self._next(handing), lambda _: None)
+                    self._begin(name, self._go_on)
+
+    def look(self) -> None:
+        """Take back what the recovery side gave back with nobody there to say so, by the clock. Call it often."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + ASK_SECONDS
+        for name in self._files.names():
+            with suppress(DrctlError):
+                record = self._files.load(name)
+                if record is not None and record.phase is HandoverPhase.HANDED_OVER:
+                    self._begin(name, self._ask)
 
     def told(self, group: str) -> dict[str, Any] | None:
         """For the group's status: the handover that is under way or done."""
@@ -155,50 +180,21 @@ class HandoverService:
     def run(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Stop the machines, make the final mark, leave. Given again it goes on, or tells what is done."""
         name = str(params.get("group"))
-        group = self._group(name)
-        record = begin(group, self._host, self._files, name, params)
-        if record.phase is not HandoverPhase.HANDED_OVER:
-            handing = self._handing(name, record)
-            self._follow(
-                self._begin(name, handing.hand_over, lambda tell: setattr(handing, "progress", tell)), progress
-            )
-        return record.as_dict()
+        self._find(name)
+        return self._follow(self._begin(name, partial(self._hand_over, params)), progress).as_dict()
 
     def undo(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Let the group reign here again. `generation`: what the recovery side takes streams of now; without it a
-        handover is called off that has not come to its final mark yet."""
+        handover is called off that has not come to its final mark yet. Nothing is done when the group reigns here."""
         name, generation = str(params.get("group")), int(params.get("generation") or 0)
         group = self._group(name)
-        record = self._files.load(name)
-        if record is None and group.phase is not Phase.FAILED_OVER:
-            return {"group": name, "phase": group.phase.value, "generation": group.generation, "started": []}
-        if record is None:
-            # A failover without a handover: the machines were not stopped by us, so they are not started by us.
-            record = Handover(name, HandoverPhase.HANDED_OVER, group.generation + 1, [])
-        handing = self._handing(name, record)
-        if record.phase is HandoverPhase.STOPPING:
-            action = handing.call_off
-        elif generation <= group.generation and record.phase is not HandoverPhase.TAKING_BACK:
-            raise Refused(
-                f"{name} was handed over: it comes back under a generation above {group.generation}, which the "
-                "recovery side has to take first",
-                hint=f"drctl rollback {name}",
-            )
-        else:
-            action = partial(handing.take_back, generation, self._unguarded)
-        self._follow(self._begin(name, action, lambda tell: setattr(handing, "progress", tell)), progress)
+        record = self._follow(self._begin(name, partial(self._undo, generation), wait=True), progress)
         return {
             "group": name,
             "phase": group.phase.value,
             "generation": group.generation,
             "started": list(record.machines),
         }
-
-    def _next(self, handing: Handing) -> Callable[[], None]:
-        """What a new supervisor goes on with."""
-        if handing.record.phase is HandoverPhase.TAKING_BACK:
-            return partial(handing.take_back, handing.record.generation, self._unguarded)
-        return handing.hand_over
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -208,21 +204,77 @@ class HandoverService:
     def _handing(self, name: str, record: Handover) -> Handing:
         return Handing(self._group(name), self._host, self._files, record, WallTimer())
 
-    def _begin(
-        self, name: str, action: Callable[[], None], follow: Callable[[Progress], None]
-    ) -> queue.Queue[dict[str, Any] | DrctlError | None]:
-        """Do it in a thread of its own; the queue tells of it: reports, then an error or None. Raises Locked."""
+    # Each of these works in a thread of its own, with the group's lock held: what it reads stays true meanwhile.
+
+    def _hand_over(self, params: dict[str, Any], name: str, tell: Progress) -> Handover:
+        record = begin(self._group(name), self._host, self._files, name, params)
+        if record.phase is not HandoverPhase.HANDED_OVER:
+            handing = self._handing(name, record)
+            handing.progress = tell
+            handing.hand_over()
+        return record
+
+    def _go_on(self, name: str, tell: Progress) -> Handover:
+        """What a new supervisor goes on with."""
+        record = self._files.load(name)
+        if record is None:
+            raise NotFound("handover", name)
+        handing = self._handing(name, record)
+        handing.progress = tell
+        if record.phase is HandoverPhase.TAKING_BACK:
+            handing.take_back(record.generation, self._unguarded)
+        else:
+            handing.hand_over()
+        return record
+
+    def _undo(self, generation: int, name: str, tell: Progress) -> Handover:
+        group, record = self._group(name), self._files.load(name)
+        if record is None:
+            # Without a handover the machines were not stopped by us, so they are not started by us.
+            record = Handover(name, HandoverPhase.HANDED_OVER, group.generation + 1, [])
+            if group.phase is not Phase.FAILED_OVER:
+                return record
+        handing = self._handing(name, record)
+        handing.progress = tell
+        if record.phase is HandoverPhase.STOPPING:
+            handing.call_off()
+        elif generation <= group.generation and record.phase is not HandoverPhase.TAKING_BACK:
+            raise Refused(
+                f"{name} was handed over: it comes back under a generation above {group.generation}, which the "
+                "recovery side has to take first",
+                hint=f"drctl rollback {name}",
+            )
+        else:
+            handing.take_back(generation, self._unguarded)
+        return record
+
+    def _ask(self, name: str, tell: Progress) -> Handover:
+        """The other side has given the group back when it takes streams of a generation above the one it was given."""
+        del tell
+        record = self._files.load(name)
+        if record is None:
+            raise NotFound("handover", name)
+        answer = self._asking(self._find(name).state)
+        if answer.reign is Reign.HERE and answer.generation > record.generation:
+            log.warning("%s was given back at generation %d; its machines are started here", name, answer.generation)
+            self._handing(name, record).take_back(answer.generation, self._unguarded)
+        return record
+
+    def _begin(self, name: str, work: Callable[[str, Progress], Handover], *, wait: bool = False) -> Told:
+        """Do it in a thread of its own, alone; the queue tells of it: reports, then the record or an error.
+
+        Raises Locked when another works on it, unless it shall `wait`."""
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
-        if not lock.acquire(blocking=False):
+        if not wait and not lock.acquire(blocking=False):
             raise Locked(f"{name} is being handed over or taken back at this moment", hint=f"see: drctl status {name}")
-        told: queue.Queue[dict[str, Any] | DrctlError | None] = queue.Queue()
-        follow(told.put)
+        told: Told = queue.Queue()
 
-        def work() -> None:
+        def run() -> None:
+            if wait:
+                lock.acquire()
             try:
-                action()
-                told.put(None)
+                told.put(work(name, told.put))
             except DrctlError as exc:
                 log.warning("%s: %s", name, exc.message)
                 told.put(exc)
@@ -232,10 +284,10 @@ class HandoverService:
             finally:
                 lock.release()
 
-        threading.Thread(target=work, name=f"handover-{name}", daemon=True).start()
+        threading.Thread(target=run, name=f"handover-{name}", daemon=True).start()
         return told
 
-    def _follow(self, told: queue.Queue[dict[str, Any] | DrctlError | None], progress: Progress) -> None:
+    def _follow(self, told: Told, progress: Progress) -> Handover:
         """Pass on what it tells, until its end. Raises its error; when the caller is gone the work goes on."""
         while True:
             try:
@@ -243,8 +295,8 @@ class HandoverService:
             except queue.Empty:
                 progress({"step": "waiting", "time": time.time()})
                 continue
-            if report is None:
-                return
+            if isinstance(report, Handover):
+                return report
             if isinstance(report, DrctlError):
                 raise report
             progress(report)

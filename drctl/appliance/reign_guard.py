@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
+
 from drctl.appliance.boot_guard import BootGuard, BootMarks, Duty, GuardFiles, GuestHost, refusals
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.protection import Protection
 from drctl.appliance.strays import superseded_here
 from drctl.errors import NotFound
-from drctl.replication.reign import Answer, Question, Reign, ask
+from drctl.replication.reign import ANY_GENERATION, Answer, Question, Reign, ask
 
 #: After something unforeseen.
 RETRY_SECONDS = 5.0
@@ -56,6 +58,10 @@ class ReignGuard:
                 self._stopped.wait(RETRY_SECONDS)
             else:
                 return
+
+    def who_reigns(self, state: GroupState) -> Answer:
+        """Ask where the group reigns, and under which generation, whatever we know of it. Blocks for some seconds."""
+        return self._ask(msgspec.structs.replace(state, generation=ANY_GENERATION))
 
     def _ask(self, state: GroupState) -> Answer:
         config = self._home.config

@@ -178,6 +178,9 @@ class HandoverFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._directory.glob("[!.]*.json"))
+
     def load(self, group: str) -> Handover | None:
         """None when there is none. Raises IntegrityError."""
         data = atomic.read_json(self._directory / f"{group}.json")

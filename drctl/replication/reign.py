@@ -24,6 +24,8 @@ from drctl.wire import link as wire
 ANSWER_SECONDS = 10.0
 #: The epoch of one who asks: there is no stream yet.
 NO_EPOCH = "0" * 32
+#: Asks where the group reigns now, whatever its generation: no other is above it.
+ANY_GENERATION = 2**31 - 1
 
 
 class Reign(StrEnum):
@@ -36,10 +38,12 @@ class Reign(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`reason` is the other site's word, or why there was none."""
+    """`reason` is the other site's word, or why there was none; `generation` the one that it takes streams of, 0 where
+    that is not told."""
 
     reign: Reign
     reason: str = ""
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,8 @@ async def _ask(question: Question, tls: Path) -> Answer:
 
 def _read(messages: list[wire.Message]) -> Answer:
     match messages[:1]:
-        case [wire.Welcome()]:
-            return Answer(Reign.HERE)
+        case [wire.Welcome(generation=generation)]:
+            return Answer(Reign.HERE, generation=generation)
         case [wire.Refused(error="superseded", message=text)]:
             return Answer(Reign.ELSEWHERE, text)
         case [wire.Refused(message=text)]:
@@ -99,4 +103,5 @@ async def answer(connection: Connection, hello: wire.Hello, root: Path, software
     """The receiver's part. Raises Refused when the group reigns elsewhere, as it would for a stream."""
     info = await asyncio.to_thread(read_info, root)
     refuse_superseded(info, StreamToken(hello.host, hello.generation, hello.epoch))
-    await connection.send(wire.Welcome(wire.Position(), software=software, wall_ns=time.time_ns()))
+    welcome = wire.Welcome(wire.Position(), software=software, wall_ns=time.time_ns(), generation=info.generation)
+    await connection.send(welcome)

@@ -90,7 +90,8 @@ class Welcome(msgspec.Struct, frozen=True):
 
     `last_mark` is the newest MARK of this stream that is durable there, proven or not, `proven_mark` the newest that is
     proven; `last_number` the largest number of a mark in the whole group, so that numbers stay unique over epochs.
-    `needs` is `initial`, `full` or `nothing`. `signature_key`: hex; empty when no signatures can be asked for."""
+    `generation` is the one that the receiver takes streams of. `needs` is `initial`, `full` or `nothing`.
+    `signature_key`: hex; empty when no signatures can be asked for."""
 
     position: Position
     version: int = VERSION
@@ -103,6 +104,7 @@ class Welcome(msgspec.Struct, frozen=True):
     needs: str = "nothing"
     wall_ns: int = 0
     signature_key: str = ""
+    generation: int = 0
 
 
 class Frames(msgspec.Struct, frozen=True):
