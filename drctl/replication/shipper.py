@@ -25,11 +25,12 @@ from drctl.errors import (
     WrongPhase,
 )
 from drctl.replication import control, heap, link
+from drctl.replication.disk_connection import Export
 from drctl.replication.framing import Stamp
 from drctl.replication.marks import Mark
 from drctl.replication.priority import Priority
 from drctl.replication.progress import Progress
-from drctl.replication.reader import Export, Pace, Peer, Reader
+from drctl.replication.reader import Pace, Peer, Reader
 from drctl.replication.ring_port import LONGEST_WAIT, RingPort
 from drctl.replication.shipper_config import ShipperConfig, load_config
 from drctl.replication.shipper_marks import MarkCutter, Witness

@@ -11,8 +11,9 @@ from collections.abc import Collection
 from uuid import uuid4
 
 from drctl.errors import DrctlError, WrongPhase
+from drctl.replication.disk_connection import Export
 from drctl.replication.progress import Needs
-from drctl.replication.reader import Export, Extents, Reader
+from drctl.replication.reader import Extents, Reader
 from drctl.replication.shipper_state import ShipperState
 from drctl.replication.survey import Survey
 from drctl.replication.sync_progress import Sync

@@ -12,8 +12,9 @@ from drctl.errors import ApplianceUnreachable, HypervisorRefused, WrongPhase
 from drctl.model.extent import Extent
 from drctl.replication import framing
 from drctl.replication.comparison import ASKED, COMPARED_READ, COMPARED_WINDOW, Compared, Comparison
+from drctl.replication.disk_connection import DiskConnection, Export, connected
 from drctl.replication.framing import Stamp
-from drctl.replication.reader import STATUS_WINDOW, DiskConnection, Export, Pace, aligned, connected
+from drctl.replication.reader import STATUS_WINDOW, Pace, aligned
 from drctl.replication.signature_exchange import SignatureExchange
 from drctl.wire.signature import DIGESTS_SIZE, SIGNATURE_SIZE, SIGNED
 
