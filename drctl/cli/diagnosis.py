@@ -150,12 +150,11 @@ def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
     source = picture["source"] or {}
     found = [
         error(
-            f"{group}.{machine['name']}",
+            f"{group}.{name}",
             f"runs at {source.get('site')}/{source.get('host')}, though {group} reigns at the other site: two of one",
             "power it off there: whatever it writes is lost",
         )
-        for machine in picture["machines"]
-        if _runs_at_source(machine, picture.get("strays"))
+        for name in _running_at_source(picture)
     ]
     if any(one.get("state") == "committed" for one in picture["recoveries"]):
         hint = "a way back is not in this version: protect it by other means, or as a new group from its new site"
@@ -163,9 +162,12 @@ def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
     return [*found, info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
 
 
-def _runs_at_source(machine: Mapping[str, Any], strays: Sequence[str] | None) -> bool:
-    """A superseded source looks for strays; an older one tells the state that it saw last."""
-    return machine["name"] in strays if strays is not None else machine.get("state") == "running"
+def _running_at_source(picture: Mapping[str, Any]) -> list[str]:
+    """A superseded source looks for strays; an older one tells the states that it saw last."""
+    strays: Sequence[str] | None = picture.get("strays")
+    if strays is not None:
+        return list(strays)
+    return [str(machine["name"]) for machine in picture["machines"] if machine.get("state") == "running"]
 
 
 def _boot(picture: Mapping[str, Any]) -> list[Finding]:

@@ -167,6 +167,8 @@ def test_strays_count_where_the_source_looks_for_them() -> None:
     machines = [{"name": "db", "state": "running"}, {"name": "front", "state": "shut-off"}]
     seen = picture(recovery_mode="failed-over", phase="failed-over", machines=machines, strays=["front"])
     assert [one.subject for one in examine_group(seen)] == ["web.front", "web"]
+    # A supervisor that was restarted has not looked at machines of a superseded group.
+    assert [one.subject for one in examine_group(seen | {"machines": []})] == ["web.front", "web"]
     alone = picture(recovery_mode=None, phase="failed-over", machines=machines, strays=["db"])
     assert [one.subject for one in examine_group(alone)] == ["web.db", "web"]
 
