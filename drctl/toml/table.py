@@ -93,6 +93,10 @@ class Table:
     def __contains__(self, key: str) -> bool:
         return key in self._data
 
+    def peek(self, key: str) -> Any:
+        """The value as it is, read or not; None when absent. The key is not marked as known."""
+        return self._data.get(key)
+
     def line(self, key: str = "") -> int:
         """The line of `key`, else of the table itself, else of the nearest table around it."""
         path: KeyPath = (*self._path, key) if key else self._path
@@ -122,7 +126,7 @@ class Table:
     def choice(self, key: str, choices: Iterable[str], default: Any = REQUIRED) -> str:
         """One of `choices`."""
         value: str = self._typed(key, str, default)
-        allowed = list(choices)
+        allowed = [str(choice) for choice in choices]
         if key in self._data and value not in allowed:
             near = difflib.get_close_matches(value, allowed, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else ""
