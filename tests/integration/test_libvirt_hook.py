@@ -1,4 +1,4 @@
-"""The hook under the system's libvirtd, which alone runs hooks: in mount and process namespaces of its own.
+"""The hook under the system's libvirtd, in mount and process namespaces of its own.
 
 Its directories are tmpfs there; nothing of the machine's libvirt is touched. Needs root."""
 
