@@ -10,6 +10,7 @@ from drctl.cli import pictures, recovery, render
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import READ_TIMEOUT, side, take_inventory
+from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, Format, GroupName, Output, Yes, begin, examples, noun
 from drctl.errors import WrongPhase
 from drctl.model.site import Host
@@ -43,7 +44,7 @@ def commit(
         context.screen, steps, dry_run=dry_run, yes=yes, question=f"Commit the {failover['kind']} of {group}?"
     ):
         return 0
-    with context.screen.bar(f"commit {group}") as update:
+    with leased(context, group, "commit", inventory), context.screen.bar(f"commit {group}") as update:
 
         def draw(step: dict[str, Any]) -> None:
             disk = ".".join(str(step[key]) for key in ("machine", "disk") if step.get(key))

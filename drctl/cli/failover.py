@@ -10,7 +10,9 @@ import typer
 from drctl.cli import auto, pictures, points, recovery, render
 from drctl.cli.confirm import confirm_name
 from drctl.cli.context import Context
+from drctl.cli.fencing import fence
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
+from drctl.cli.leased import leased
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Selector, Yes, begin, examples, noun
 from drctl.errors import PreconditionFailed, Refused, SourceAlive
 from drctl.model.site import Host
@@ -76,7 +78,7 @@ def failover(
         return forecast.leave_it_at_that()
     forecast.check(source_is_down)
     confirm_name(context.screen, group, typed=confirm)
-    return forecast.carry_out(order)
+    return forecast.carry_out(order | forecast.fence(source_is_down))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +120,37 @@ class _Forecast:
                 'say why: --source-is-down "REASON"',
                 group=self.group,
             )
-        if not ((self.plan.get("source") or {}).get("fenced") or source_is_down):
+        source = self._source()
+        if not ((source and source.fence) or source_is_down):
             raise Refused(
                 f"the source of {self.group} is not known to be down: two copies of a machine must never run",
                 hint='when you know that it is: --source-is-down "REASON" (it is recorded)',
                 group=self.group,
             )
+
+    def _source(self) -> Host | None:
+        """The source's host in the configuration."""
+        known = self.inventory.find(self.group, "source")
+        name = known.host.name if known else (self.plan.get("source") or {}).get("host")
+        return next((host for host in self.context.config.hosts if host.name == name), None)
+
+    def fence(self, source_is_down: str) -> dict[str, Any]:
+        """Make sure that the source runs nothing any more, where there is a command for that, and note what came of it.
+
+        What the order says of the source. Raises Refused when nobody says that it is down, and it could not be fenced."""
+        source = self._source()
+        outcome = fence(source, group=self.group, reason=source_is_down) if source else None
+        if outcome is None:
+            return {"source_is_down": source_is_down}
+        self.context.screen.say(f"  fence {self.seen['place']}: {outcome}")
+        self.context.call(self.host, "fence.note", group=self.group, fence=str(outcome))
+        if not outcome.fenced and not source_is_down:
+            raise Refused(
+                f"the source {self.seen['place']} of {self.group} could not be fenced: {outcome.problem}",
+                hint='when you know that it is down: --source-is-down "REASON" (it is recorded)',
+                group=self.group,
+            )
+        return {"source_is_down": source_is_down or f"it was fenced: {outcome}"}
 
     def carry_out(self, order: dict[str, Any]) -> int:
         """Boot it; the exit code. It goes to the checkpoint that was shown, or a newer one where that was `latest`."""
@@ -131,9 +158,10 @@ class _Forecast:
         shown = points.settle(str(order["checkpoint"]), points.decode(self.plan["checkpoint"]))
         params = order | {"checkpoint": shown, "confirmed": group, "source_seen": self.seen["words"]}
         narrator = recovery.narrator(context)
-        result = context.call(
-            self.host, "failover.run", group=group, on_progress=narrator, timeout=recovery.RUN_TIMEOUT, **params
-        )
+        with leased(context, group, "failover", self.inventory):
+            result = context.call(
+                self.host, "failover.run", group=group, on_progress=narrator, timeout=recovery.RUN_TIMEOUT, **params
+            )
         after = pictures.take(context, self.inventory, group)
         pictures.show(context, "after", after)
         return _finish(context, result, before=self.before, after=after)
@@ -198,8 +226,7 @@ def _show_plan(context: Context, host: Host, plan: dict[str, Any], seen: dict[st
     say(f"failover of {plan['group']} to {host.site}/{host.name}, generation {render.word(plan.get('generation'))}")
     say(f"  checkpoint {points.spell(points.decode(plan['checkpoint']), context.clock.time())}")
     say(f"  loss: {render.duration(plan.get('loss_seconds'))} at most, what the source wrote after the checkpoint")
-    # Fencing is not asked about where nothing can be said: it only matters when it is there.
-    say(f"  source {seen['place']} {seen['words']}" + (", and is fenced" if source.get("fenced") else ""))
+    say(f"  source {seen['place']} {seen['words']}")
     if _alive(seen):
         say("  WARNING: if its machines run on there will be two of each, and what those at the source write is lost")
     for machine in plan.get("machines") or []:

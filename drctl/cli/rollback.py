@@ -10,6 +10,7 @@ from drctl.cli import pictures, recovery, render
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, Place, side, take_inventory
+from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, Format, GroupName, Output, Yes, begin, examples, noun
 from drctl.errors import ApplianceUnreachable
 from drctl.model.site import Host
@@ -50,7 +51,8 @@ def rollback(
         if context.screen.as_json:
             context.document("rollback-plan", plan=plan, before=before)
         return 0
-    plan["result"] = _carry_out(context, target, source, plan, group)
+    with leased(context, group, "rollback", inventory):
+        plan["result"] = _carry_out(context, target, source, plan, group)
     after = pictures.take(context, inventory, group)
     pictures.show(context, "after", after)
     return _tell(context, plan, before, after)

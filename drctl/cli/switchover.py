@@ -11,6 +11,7 @@ from drctl.cli import auto, pictures, recovery, render
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import READ_TIMEOUT, side, take_inventory
+from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
 from drctl.errors import DrctlError, PreconditionFailed, StepFailed
 from drctl.model.site import Host
@@ -91,7 +92,8 @@ def switchover(
             context.document("switchover-plan", plan=plan, before=before)
         return 0
     limits = {"on_timeout": on_shutdown_timeout.value, "shutdown_seconds": shutdown_timeout}
-    result, final = _carry_out(context, source, target, group, limits | {"auto": order})
+    with leased(context, group, "switchover", inventory):
+        result, final = _carry_out(context, source, target, group, limits | {"auto": order})
     after_it = pictures.take(context, inventory, group)
     pictures.show(context, "after", after_it)
     _say_ways(context, result, final)
