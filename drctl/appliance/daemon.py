@@ -131,6 +131,7 @@ class Appliance:
             "test.stop": recovery.test_stop,
             "failover.plan": recovery.reigns.plan,
             "failover.run": self._lifted(recovery.reigns.failover),
+            "fence.note": lambda _params, _progress: {},  # the operator's machine fenced; only history is written here
             "failover.hold": recovery.reigns.cancel_auto,
             "switchover.run": self._lifted(recovery.reigns.switchover),
             "handover.plan": self._handovers.plan,

@@ -1,10 +1,10 @@
 """Libvirt's `qemu` hook: refuses to start a guest whose group is superseded at this host. Only its text is here.
 
-libvirtd calls it from HOOK_PATH (a directory since libvirt 6.5) with the domain's name, the operation and
-its stage, and the domain's XML on stdin; a failure of `prepare begin` or `start begin` ends the start, with our stderr
-in libvirt's message. It may call nothing of libvirt (that deadlocks), and must never be in another guest's way:
-whatever goes wrong, it exits with 0 unless a file of `home/guard` names the guest. Session daemons call it too, as their
-own user (measured with 9.0): one who may not look into the appliance's home passes."""
+libvirtd calls it from HOOK_PATH (a directory since libvirt 6.5) with the domain's name, the operation and its stage,
+and the domain's XML on stdin; a failure of `prepare begin` or `start begin` ends the start, with our stderr in its
+message. It may call nothing of libvirt (that deadlocks), and must never be in another guest's way: whatever goes
+wrong, it exits with 0 unless a file of `home/guard` names the guest. Session daemons call it too, as their own user
+(measured with 9.0): one who may not look into the appliance's home passes."""
 
 from __future__ import annotations
 

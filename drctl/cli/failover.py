@@ -14,7 +14,7 @@ from drctl.cli.fencing import fence
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
 from drctl.cli.leased import leased
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Selector, Yes, begin, examples, noun
-from drctl.errors import PreconditionFailed, Refused, SourceAlive
+from drctl.errors import DrctlError, PreconditionFailed, Refused, SourceAlive
 from drctl.model.site import Host
 
 app = noun("Recover a group at the other site after a disaster.")
@@ -121,7 +121,8 @@ class _Forecast:
                 group=self.group,
             )
         source = self._source()
-        if not ((source and source.fence) or source_is_down):
+        fenced = (self.plan.get("source") or {}).get("fenced") or (source and source.fence)
+        if not (fenced or source_is_down):
             raise Refused(
                 f"the source of {self.group} is not known to be down: two copies of a machine must never run",
                 hint='when you know that it is: --source-is-down "REASON" (it is recorded)',
@@ -135,15 +136,18 @@ class _Forecast:
         return next((host for host in self.context.config.hosts if host.name == name), None)
 
     def fence(self, source_is_down: str) -> dict[str, Any]:
-        """Make sure that the source runs nothing any more, where there is a command for that, and note what came of it.
+        """Make sure that the source runs nothing any more, where there is a command for that; why it is down.
 
-        What the order says of the source. Raises Refused when nobody says that it is down, and it could not be fenced."""
+        Raises Refused when nobody says that it is down, and it could not be fenced."""
         source = self._source()
         outcome = fence(source, group=self.group, reason=source_is_down) if source else None
         if outcome is None:
             return {"source_is_down": source_is_down}
         self.context.screen.say(f"  fence {self.seen['place']}: {outcome}")
-        self.context.call(self.host, "fence.note", group=self.group, fence=str(outcome))
+        try:
+            self.context.call(self.host, "fence.note", group=self.group, fence=str(outcome))
+        except DrctlError as exc:  # a failover does not wait for its history
+            self.context.screen.say(f"  the fencing is not in the history: {exc.message}")
         if not outcome.fenced and not source_is_down:
             raise Refused(
                 f"the source {self.seen['place']} of {self.group} could not be fenced: {outcome.problem}",
@@ -222,7 +226,6 @@ def _look_at_source(
 
 def _show_plan(context: Context, host: Host, plan: dict[str, Any], seen: dict[str, Any]) -> None:
     say = context.screen.say
-    source = plan.get("source") or {}
     say(f"failover of {plan['group']} to {host.site}/{host.name}, generation {render.word(plan.get('generation'))}")
     say(f"  checkpoint {points.spell(points.decode(plan['checkpoint']), context.clock.time())}")
     say(f"  loss: {render.duration(plan.get('loss_seconds'))} at most, what the source wrote after the checkpoint")

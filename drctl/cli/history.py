@@ -17,6 +17,7 @@ _COMMANDS = {
     "group.put": "apply",
     "group.remove": "group delete",
     "failover.run": "failover",
+    "fence.note": "fence",
     "failover.hold": "failover --cancel-auto",
     "switchover.run": "switchover (boot)",
     "handover.run": "switchover (hand over)",

@@ -199,6 +199,9 @@ class FakeAppliance:
             "recoveries": self.failovers,
         }
 
+    def _fence_note(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
     def _lease_take(self, params: dict[str, Any]) -> dict[str, Any]:
         return {"group": params["group"], "holder": params["holder"], "token": "t"}
 

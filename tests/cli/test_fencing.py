@@ -60,7 +60,10 @@ def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path):
     assert done.problem == "did not end in time"
     assert time.monotonic() - begun < 5
     stat = Path(f"/proc/{child.read_text().strip()}/stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    end = time.monotonic() + 10
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_whether_it_could_be_run():
@@ -77,3 +80,72 @@ def test_it_is_read_from_the_configuration(tmp_path):
     (tmp_path / "drctl.toml").write_text(text.replace('["f", "-v", "-v"]', '"f -v"'))
     with pytest.raises(ConfigInvalid, match="fence: is a string, must be an array"):
         load_config(tmp_path)
+
+
+@pytest.fixture
+def web(world):
+    """The group, whose source is silent, in a configuration with a fence command of the tests' own."""
+    world.applied()
+    world.alpha.down = True
+
+    def fenced_by(*command):
+        config = world.directory / "drctl.toml"
+        listed = ", ".join(f'"{word}"' for word in command)
+        config.write_text(config.read_text().replace('name = "a1"\n', f'name = "a1"\nfence = [{listed}]\n'))
+        plan = world.beta.call("failover.plan", {"group": "web"})
+        world.beta.replies["failover.plan"] = plan | {"source": {"site": "alpha", "host": "a1", "reachable": False}}
+        return world
+
+    return fenced_by
+
+
+def test_a_fenced_source_needs_no_word_of_the_operators(web):
+    world = web("/bin/sh", "-c", "echo off")
+    result = world("failover", "web", "--confirm", "web")
+    assert result.code == 0, result.err
+    assert "sh fenced it after" in result.err
+    (call,) = world.beta.called("failover.run")
+    assert call["source_is_down"].startswith("it was fenced: sh fenced it after")
+    (note,) = world.beta.called("fence.note")
+    assert note["fence"].endswith(": off")
+
+
+def test_one_that_could_not_be_fenced_is_not_failed_over_and_that_is_noted(web):
+    world = web("/bin/sh", "-c", "exit 1")
+    result = world("failover", "web", "--confirm", "web")
+    assert result.code == 14
+    assert "could not be fenced: failed with exit code 1" in result.err
+    assert not world.beta.called("failover.run")
+    assert "failed with exit code 1" in world.beta.called("fence.note")[0]["fence"]
+
+
+def test_the_operators_word_stands_where_fencing_fails(web):
+    world = web("/bin/sh", "-c", "exit 1")
+    assert world("failover", "web", "--source-is-down", "fire", "--confirm", "web").code == 0
+    assert world.beta.called("failover.run")[0]["source_is_down"] == "fire"
+
+
+def test_nothing_is_fenced_by_a_dry_run_or_without_the_typed_name(web, tmp_path):
+    mark = tmp_path / "fenced"
+    world = web("/bin/sh", "-c", f"touch {mark}")
+    world("failover", "web", "--dry-run")
+    assert world("failover", "web", "--confirm", "shop").code == 14
+    assert not mark.exists()
+
+
+def test_a_live_source_is_not_fenced_without_a_reason(web, tmp_path):
+    mark = tmp_path / "fenced"
+    world = web("/bin/sh", "-c", f"touch {mark}")
+    world.alpha.down = False
+    assert world("failover", "web", "--confirm", "web").code == 15
+    assert not mark.exists()
+    assert world("failover", "web", "--source-is-down", "cut it off", "--confirm", "web").code == 0
+    assert mark.exists()
+
+
+def test_a_history_that_can_not_be_written_stops_no_failover(web):
+    from drctl.errors import OutOfSpace
+
+    world = web("/bin/true")
+    world.beta.replies["fence.note"] = OutOfSpace("full")
+    assert world("failover", "web", "--confirm", "web").code == 0
