@@ -20,7 +20,15 @@ from typing import Any, Protocol
 import msgspec
 
 from drctl.appliance.image_stamp import RUNNING, Stamp
-from drctl.errors import DrctlError, IntegrityError, NotFound, PreconditionFailed, StepFailed, WrongPhase
+from drctl.errors import (
+    DrctlError,
+    HypervisorRefused,
+    IntegrityError,
+    NotFound,
+    PreconditionFailed,
+    StepFailed,
+    WrongPhase,
+)
 from drctl.model.machine import MachineState
 from drctl.model.phase import Phase
 from drctl.store import atomic
@@ -263,8 +271,16 @@ class Handing:
                 return
             if now >= press:
                 press = now + PRESS_SECONDS
-                self._host.shutdown(name)
+                self._press(name)
             self._timer.sleep(POLL_SECONDS)
+
+    def _press(self, name: str) -> None:
+        """Ask it to power off. A guest whose agent is quick is gone before libvirt has ended the call, which says then
+        that it does not run; any other trouble shows in time."""
+        try:
+            self._host.shutdown(name)
+        except HypervisorRefused as exc:
+            log.info("%s: %s", name, exc.message)
 
     def _too_late(self, name: str, limit: float) -> None:
         if self.record.on_timeout is OnTimeout.ABORT:

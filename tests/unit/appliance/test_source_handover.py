@@ -199,6 +199,18 @@ def test_a_guest_that_stays_on_calls_it_off_and_the_others_run_again(world):
     assert "drain" not in world.log
 
 
+def test_a_guest_that_is_gone_before_its_shutdown_has_returned_is_off(world):
+    real = world.shutdown
+
+    def shutdown(name):
+        real(name)
+        raise HypervisorRefused("domain is not running")
+
+    world.shutdown = shutdown
+    world.handing().hand_over()
+    assert world.files.load("erp").phase is HandoverPhase.HANDED_OVER
+
+
 def test_a_guest_that_stays_on_may_be_taken_as_it_stands(world):
     world.deaf.add("db")
     world.handing(shutdown_seconds=60, on_timeout="suspend").hand_over()
