@@ -19,7 +19,7 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
     return {
         "group": group,
         "phase": _get(source, "phase"),
-        "reason": UNPROTECTED if failed_over else _get(source, "reason") or "",
+        "reason": UNPROTECTED if failed_over else _half_done(group, source) or _get(source, "reason") or "",
         "generation": max((int(side.get("generation") or 0) for side in (source, recovery) if side), default=0) or None,
         # What runs at the recovery site since a failover is replicated nowhere: the old checkpoints are no RPO of it.
         "rpo_seconds": newest["age_seconds"] if newest and not failed_over else None,
@@ -40,6 +40,16 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "recoveries": _get(recovery, "recoveries") or [],
         "told_source": _told_source(recovery),
     }
+
+
+def _half_done(group: str, source: Status | None) -> str:
+    """A switchover that the source has begun, and the recovery site not taken up: it runs nowhere, or in part."""
+    phase = _get(source, "handover", "phase")
+    if phase is None:
+        return ""
+    if phase == "taking-back":
+        return "it is being taken back by its source"
+    return f"a switchover is half done ({phase}): drctl switchover {group} goes on, drctl rollback {group} goes back"
 
 
 def _told_source(recovery: Status | None) -> dict[str, str] | None:

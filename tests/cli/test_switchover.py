@@ -176,3 +176,13 @@ def test_a_switchover_before_its_final_checkpoint_is_called_off_at_the_source_al
 
 def test_rollback_without_anything_to_roll_back(web) -> None:
     assert web("rollback", "web", "--yes").code == 12
+
+
+@pytest.mark.parametrize("phase", ["stopping", "final", "handed-over"])
+def test_a_switchover_that_is_half_done_is_in_the_status(web, phase: str) -> None:
+    status = web.alpha.call("group.status", {"group": "web"})
+    web.alpha.replies["group.status"] = status | {"handover": {"phase": phase}}
+    shown = web("status", "web").out
+    assert f"a switchover is half done ({phase}): drctl switchover web goes on, drctl rollback web goes back" in shown
+    web("failover", "web", "--source-is-down", "x", "--confirm", "web")
+    assert "half done" not in web("status", "web").out
