@@ -202,10 +202,10 @@ def _roll_out(
 
 def _step(verb: str, target: Target, made: Bundle) -> str:
     place = f"{target.host.name} ({target.host.login})"
-    if target.version == made.identity:
-        return f"look whether all of {target.version} is as it should be on {place}"
-    what = f"{verb} {made.identity} on {place}, {format_bytes(made.size)} to send"
-    return f"{what}; {target.version} is there" if target.version else what
+    if target.version and (verb == "install" or target.version == made.identity):
+        return f"look whether all of {target.version} is as it should be on {place}, and make it so"
+    instead = f" instead of {target.version}" if target.version else ""
+    return f"{verb} {made.identity} on {place}{instead}, {format_bytes(made.size)} to send"
 
 
 def _tell(context: Context, targets: Sequence[Target]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,11 @@ class Installation:
             self._changed(f"{sum(sent)} wheels sent")
 
     def _environment(self) -> None:
-        if self._complete:
-            return
+        if not self._complete:
+            self._build()
+        self._ask("remove", path=f"{self._place.prefix}/wheels")
+
+    def _build(self) -> None:
         bundle, wheels = self._wanted.bundle, f"{self._place.prefix}/wheels"
         self._ask("remove", path=self._version)  # what an earlier run left half done
         try:
@@ -147,10 +151,10 @@ class Installation:
             self._program([python, "-I", "-c", _PROOF], user=USER)
         except DrctlError:
             # Nobody uses it, and its space may be what is missing.
-            self._ask("remove", path=self._version)
+            with suppress(DrctlError):
+                self._ask("remove", path=self._version)
             raise
         self._ask("file", path=f"{self._version}/complete", text=f"{bundle.identity}\n", mode=0o644)
-        self._ask("remove", path=wheels)
         self._changed(f"environment {self._version}")
 
     # -- identity and configuration ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from drctl.appliance.install.installation import APPARMOR, PROGRAM, SELINUX, SERVICE, UNIT, USER, Outcome, Progress
 from drctl.appliance.install.preflight import Place
-from drctl.appliance.install.session import Remote, run_program
+from drctl.appliance.install.session import LOCK, Remote, run_program
 from drctl.appliance.libvirt_hook import HOOK_PATH
 from drctl.errors import Refused, StepFailed
 
@@ -101,13 +101,14 @@ class Removal:
         if self._remote.ask("read", path=SELINUX) is not None:
             run_program(self._remote, self._host, ["semodule", "-r", "drctl"])
         self._gone(SELINUX, str(HOOK_PATH))
+        self._remote.ask("run", argv=["rmdir", "--ignore-fail-on-non-empty", str(HOOK_PATH.parent)])
 
     def _files(self) -> None:
         # The home last: as long as it is there the same command knows what it has to do.
         self._gone(PROGRAM, self._place.run, self._place.prefix)
         if self._remote.ask("user_gone", name=USER):
             self.outcome.changes.append(f"user {USER}")
-        self._gone(self._place.home)
+        self._gone(self._place.home, LOCK)
 
     def _gone(self, *paths: str) -> None:
-        self.outcome.changes += [path for path in paths if self._remote.ask("remove", path=path)]
+        self.outcome.changes += [path for path in paths if self._remote.ask("remove", path=path) and path != LOCK]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 from drctl.errors import IntegrityError, PreconditionFailed
 from drctl.model.site import Host
-from drctl.replication.identity import sign_request
+from drctl.replication.identity import PASSPHRASE, read_passphrase, sign_request
 from drctl.store import atomic
 
 FILE = "appliances.json"
@@ -47,8 +48,10 @@ class Roster:
                 atomic.write_json(self._directory / FILE, known)
 
     def sign(self, request: str, appliance: str) -> str:
-        """A certificate for a host's own request. Raises CertificateRejected."""
-        return sign_request(self._directory, request.encode(), appliance).decode()
+        """A certificate for a host's own request. Raises CertificateRejected, SetupFailed (the key's passphrase)."""
+        file = os.environ.get(PASSPHRASE)
+        passphrase = read_passphrase(Path(file)) if file else None
+        return sign_request(self._directory, request.encode(), appliance, passphrase=passphrase).decode()
 
     def _read(self) -> dict[str, str]:
         known = atomic.read_json(self._directory / FILE) or {}
