@@ -1,0 +1,135 @@
+"""A run's record as values: what was written down, and how far the run has come by it. Knows no file.
+
+Events, in the order in which they happen; the log (store/run_log.py) gives each a number, a time and a hash:
+
+    run      who began what: run, plan, mode, digest of the plan's file, options
+    resumed  somebody goes on with it
+    begin    a step is begun: durable before it is
+    end      it came to its end: outcome, seconds, reason, output
+    ending   nothing more is begun; how the run ends, and why
+    over     the verdict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from drctl.plan.engine import Outcome
+from drctl.plan.inventory import Ending, Progress
+
+#: Of the record's format; in the first event.
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step as the record tells it. `outcome` is None while it runs, or when the run was killed in it."""
+
+    id: str
+    begun: float
+    attempts: int = 1
+    outcome: Outcome | None = None
+    seconds: float | None = None
+    reason: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as its record tells it. `verdict` is empty while it runs, or when it was killed."""
+
+    run: str
+    plan: str
+    mode: str
+    began: float
+    facts: Mapping[str, Any]
+    steps: Mapping[str, StepRecord] = field(default_factory=dict)
+    ending: Ending | None = None
+    why: str = ""
+    flawed: bool = False
+    interrupted: bool = False
+    verdict: str = ""
+    ended: float | None = None
+    resumed: int = 0
+
+    def progress(self) -> Progress:
+        """How far it is by the record alone; what is true at the hosts is to be added."""
+        done = frozenset(step.id for step in self.steps.values() if step.outcome is Outcome.DONE)
+        return Progress(
+            done=done,
+            begun=frozenset(self.steps),
+            ending=self.ending,
+            flawed=self.flawed,
+            interrupted=self.interrupted,
+        )
+
+
+def read_record(events: Iterable[Mapping[str, Any]]) -> RunRecord | None:
+    """The run that events tell of; None when there is not even its beginning. Unknown events are passed over."""
+    record: RunRecord | None = None
+    steps: dict[str, StepRecord] = {}
+    for event in events:
+        kind = event.get("event")
+        if kind == "run":
+            record = _first(event)
+        elif record is None:
+            return None
+        elif kind in ("begin", "end"):
+            _step(steps, event)
+        else:
+            record = _whole(record, event)
+    return replace(record, steps=steps) if record else None
+
+
+def _first(event: Mapping[str, Any]) -> RunRecord:
+    return RunRecord(
+        run=str(event.get("run")),
+        plan=str(event.get("plan")),
+        mode=str(event.get("mode")),
+        began=float(event.get("time") or 0.0),
+        facts={key: value for key, value in event.items() if key not in ("event", "n", "previous")},
+    )
+
+
+def _whole(record: RunRecord, event: Mapping[str, Any]) -> RunRecord:
+    match event.get("event"):
+        case "resumed":
+            return replace(record, resumed=record.resumed + 1, verdict="", ended=None, **_reopened(record))
+        case "ending":
+            return replace(
+                record,
+                ending=Ending(event["ending"]),
+                why=str(event.get("why", "")),
+                flawed=bool(event.get("flawed")),
+                interrupted=bool(event.get("interrupted")),
+            )
+        case "over":
+            return replace(record, verdict=str(event["verdict"]), ended=float(event.get("time") or 0.0))
+        case _:
+            return record
+
+
+def _reopened(record: RunRecord) -> dict[str, Any]:
+    """A run that was left as it was goes forward again; one that was cleaning up or undoing goes on with that."""
+    if record.ending is not Ending.LEAVE:
+        return {}
+    return {"ending": None, "why": "", "flawed": False, "interrupted": False}
+
+
+def _step(steps: dict[str, StepRecord], event: Mapping[str, Any]) -> None:
+    identity = str(event["step"])
+    before = steps.get(identity)
+    if event["event"] == "begin":
+        attempts = before.attempts + 1 if before else 1
+        steps[identity] = StepRecord(identity, float(event.get("time") or 0.0), attempts)
+        return
+    begun = before or StepRecord(identity, float(event.get("time") or 0.0))
+    steps[identity] = replace(
+        begun,
+        outcome=Outcome(event["outcome"]),
+        seconds=event.get("seconds"),
+        reason=str(event.get("reason", "")),
+        output=str(event.get("output", "")),
+    )
