@@ -40,7 +40,7 @@ _ADVICE = {
     "not-found": "Check the name; the message lists those that are known. Does the header name your configuration?",
     "wrong-phase": "See drctl status GROUP for the phase; the message says which one the action needs.",
     "already-exists": "It is there already. A machine belongs to one group: drctl vm list shows which.",
-    "locked": "Another drctl works on the same group. Wait for it, or see drctl status.",
+    "locked": "Another operator works on the group; the message says who and until when. Wait, or see drctl status.",
     "refused": "A guard protects your data. Read what it asks for; give it only when you know that it is true.",
     "source-alive": "Look at the source: drctl status GROUP. While it lives, move without loss: drctl switchover.",
     "host-unreachable": "Is the hypervisor up, and does the login work? drctl doctor looks closer.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +48,21 @@ def init(
     ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")] = Path(),
     site: Annotated[list[str] | None, typer.Option("--site", metavar="NAME", help="A site; may be repeated.")] = None,
+    ca_passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Encrypt the authority's key with the first line of this file ($DRCTL_CA_PASSPHRASE_FILE).",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
     """Write a commented drctl.toml, a directory for groups, and the project's own certificate authority.
 
     The authority's key (ca/ca-key.pem) signs the appliances' certificates; keep it from others and out of version
-    control. What is there already is not touched."""
+    control. With a passphrase it is encrypted, and $DRCTL_CA_PASSPHRASE_FILE has to name the file wherever it signs
+    (appliance install). What is there already is not touched."""
     context = ctx.obj
     assert isinstance(context, Context)
     file = directory / FILE
@@ -64,19 +73,20 @@ def init(
     steps = [f"write {file}", f"make {directory / 'groups'}/", f"make the certificate authority {authority}/"]
     if propose(context.screen, steps, dry_run=dry_run, yes=yes):
         (directory / "groups").mkdir(parents=True, exist_ok=True)
-        _authority(authority)
+        _authority(authority, ca_passphrase_file)
         file.write_text(text, "utf-8")
         load_config(file)
         context.screen.line(f"{file}: name your hosts there, then: drctl --config {directory} doctor")
 
 
-def _authority(directory: Path) -> None:
+def _authority(directory: Path, passphrase_file: Path | None) -> None:
     """Make the project's CA, and keep its key out of git."""
     if directory.exists():
         return
-    from drctl.replication.identity import create_ca
+    from drctl.replication.identity import PASSPHRASE, create_ca, read_passphrase
 
-    create_ca(directory)
+    file = passphrase_file or os.environ.get(PASSPHRASE)
+    create_ca(directory, read_passphrase(Path(file)) if file else None)
     (directory / ".gitignore").write_text("ca-key.pem\n", "utf-8")
 
 

@@ -6,7 +6,8 @@ signed by our CA *and* its UUID is on the list `peers.json`; what it may touch t
     tls/ca.pem      the CA's certificate            tls/key.pem     private key, 0600
     tls/cert.pem    our certificate                 tls/peers.json  {UUID: {site, host, groups: [NAME...] or "*"}}
 
-The CA's own directory (with the operator, not on appliances) holds ca.pem and ca-key.pem (0600).
+The CA's own directory (with the operator, not on appliances) holds ca.pem and ca-key.pem (0600), which may be encrypted
+with a passphrase.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from drctl.errors import CertificateRejected, SetupFailed
 
 DOMAIN = "drctl"
+#: Names a file whose first line is the passphrase of the CA's key: never in TOML, never in an argument list.
+PASSPHRASE = "DRCTL_CA_PASSPHRASE_FILE"
 #: Back-dated, so that a site whose clock is a little late accepts a new certificate.
 BACKDATE = timedelta(days=1)
 CA_LIFE = timedelta(days=3650)
@@ -45,8 +48,10 @@ class Peer(msgspec.Struct, frozen=True):
         return self.groups == "*" or (isinstance(self.groups, list) and group in self.groups)
 
 
-def create_ca(directory: Path) -> None:
-    """Make a new CA: `ca.pem` and `ca-key.pem` (0600) in `directory`. Raises FileExistsError over an old one."""
+def create_ca(directory: Path, passphrase: bytes | None = None) -> None:
+    """Make a new CA: `ca.pem` and `ca-key.pem` (0600, encrypted with `passphrase` where there is one) in `directory`.
+
+    Raises FileExistsError over an old one."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"drctl CA {uuid4()}")])
@@ -55,8 +60,19 @@ def create_ca(directory: Path) -> None:
     builder = builder.add_extension(_usage(certificate_authority=True), critical=True)
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     certificate = builder.sign(key, hashes.SHA256())
-    _write_private(directory / "ca-key.pem", _key_pem(key))
+    _write_private(directory / "ca-key.pem", _key_pem(key, passphrase))
     (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def read_passphrase(path: Path) -> bytes:
+    """The first line of a file. Raises SetupFailed when there is none."""
+    try:
+        first = path.read_bytes().split(b"\n", 1)[0].strip(b"\r")
+    except OSError as exc:
+        raise SetupFailed(f"{path}: {exc.strerror}", hint="it holds the passphrase of the CA's key") from exc
+    if not first:
+        raise SetupFailed(f"{path} is empty", hint="its first line is the passphrase of the CA's key")
+    return first
 
 
 def make_request(tls_dir: Path, appliance: str) -> bytes:
@@ -70,11 +86,18 @@ def make_request(tls_dir: Path, appliance: str) -> bytes:
 
 
 def sign_request(
-    ca_dir: Path, request: bytes, appliance: str, *, start: datetime | None = None, life: timedelta = CERTIFICATE_LIFE
+    ca_dir: Path,
+    request: bytes,
+    appliance: str,
+    *,
+    start: datetime | None = None,
+    life: timedelta = CERTIFICATE_LIFE,
+    passphrase: bytes | None = None,
 ) -> bytes:
     """The operator's part: a certificate (PEM) for `appliance`, whatever name the request claims.
 
-    `start` (default now) is back-dated by a day. Raises CertificateRejected when the request is not whole."""
+    `start` (default now) is back-dated by a day. Raises CertificateRejected when the request is not whole, SetupFailed
+    when the CA's key can't be read with this passphrase."""
     try:
         asked = x509.load_pem_x509_csr(request)
     except ValueError as exc:
@@ -82,7 +105,7 @@ def sign_request(
     public = asked.public_key()
     if not asked.is_signature_valid or not isinstance(public, ec.EllipticCurvePublicKey):
         raise CertificateRejected("the signing request is not signed by its own P-256 key", reason="malformed")
-    ca, ca_key = _load_ca(ca_dir)
+    ca, ca_key = _load_ca(ca_dir, passphrase)
     builder = _builder(_subject(appliance), ca.subject, public, life, start)
     builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(_dns_name(appliance))]), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -267,9 +290,16 @@ def _usage(*, certificate_authority: bool) -> x509.KeyUsage:
     )
 
 
-def _load_ca(ca_dir: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def _load_ca(ca_dir: Path, passphrase: bytes | None) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     certificate = x509.load_pem_x509_certificate((ca_dir / "ca.pem").read_bytes())
-    key = serialization.load_pem_private_key((ca_dir / "ca-key.pem").read_bytes(), None)
+    sealed = (ca_dir / "ca-key.pem").read_bytes()
+    encrypted = b"ENCRYPTED" in sealed
+    if encrypted and passphrase is None:
+        raise SetupFailed(f"{ca_dir}/ca-key.pem is encrypted", hint=f"name a file with its passphrase in ${PASSPHRASE}")
+    try:
+        key = serialization.load_pem_private_key(sealed, passphrase if encrypted else None)
+    except ValueError as exc:
+        raise SetupFailed(f"{ca_dir}/ca-key.pem can't be read: {exc}", hint="is the passphrase right?") from exc
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SetupFailed(f"{ca_dir}/ca-key.pem is not an elliptic curve key")
     return certificate, key
@@ -298,10 +328,11 @@ def _public_bytes(key: object) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -> bytes:
+    sealing: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase:
+        sealing = serialization.BestAvailableEncryption(passphrase)
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, sealing)
 
 
 def _write_private(path: Path, data: bytes) -> None:

@@ -144,3 +144,25 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     )
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_every_error_is_explained(world) -> None:
+    """By name and by code, with advice of its own; in JSON as the contract says."""
+    for cls in error_classes():
+        by_name = world("explain", cls.slug)
+        assert by_name.code == 0
+        assert by_name.out.startswith(f"code        {cls.exit_code}\nname        {cls.slug}\nmeaning     ")
+        assert len(by_name.out.partition("what to do  ")[2].strip()) > 20
+        assert cls.slug in world("explain", str(cls.exit_code)).out
+    listed = world("explain", "--output", "json").json["codes"]
+    assert {row["slug"] for row in listed} >= {cls.slug for cls in error_classes()}
+    ours = {cls.slug for cls in error_classes()}
+    advice = [row["advice"] for row in listed if row["slug"] in ours]
+    assert len(set(advice)) == len(advice)
+
+
+def test_codes_are_unique_but_for_kinds_of_one_error() -> None:
+    """A subclass may share its parent's code; nothing else does."""
+    for cls in error_classes():
+        twins = [other for other in error_classes() if other.exit_code == cls.exit_code and other is not cls]
+        assert all(issubclass(cls, other) or issubclass(other, cls) for other in twins), cls

@@ -15,6 +15,7 @@ import pytest
 
 from drctl.appliance import libvirt_hook
 from drctl.cli.app import run
+from drctl.errors import Locked
 from drctl.lab import layout, process, site
 from drctl.lab.teardown import appliance_children
 from tests.integration.fault_rig import GROUP, apply, protect
@@ -76,6 +77,58 @@ def test_autostart_is_taken_over_and_given_back(split):
     split.call("alpha", "replicate.start")
     split.await_live(180)
     assert not autostart(split, "web-1")
+
+
+def test_a_live_group_is_watched(split):
+    """The plugins and the metrics of a real group: good while it is, and bad in time when the link is cut."""
+    code, text = cli(split, "check", "rpo", GROUP)
+    assert code == 0, text
+    assert text.startswith(f"DRCTL RPO OK: {GROUP}: RPO ")
+    code, text = cli(split, "check", "all", GROUP, "--warning", "1")
+    assert code == 3
+    for what in ("certificate", "space"):
+        code, text = cli(split, "check", what, GROUP)
+        assert code == 0, text
+    # The witnesses write so much that a week of history does not fit: that is forecast, and a warning.
+    code, text = cli(split, "check", "journal", GROUP)
+    assert code in (0, 1), text
+    assert f"{GROUP}: journal 0 %" in text
+    code, text = cli(split, "check", "clock", GROUP)
+    assert code == 0, text
+    assert f"'{GROUP} clock'=" in text
+    code, text = cli(split, "metrics", "beta-1")
+    assert code == 0
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert 0 <= float(samples[f'drctl_recovery_point_age_seconds{{group="{GROUP}"}}']) < 30
+    assert float(samples["drctl_certificate_expiry_timestamp_seconds"]) > time.time() + 300 * 86400
+    code, text = cli(split, "metrics", "alpha-1")
+    assert f'drctl_group_phase{{group="{GROUP}",phase="live"}} 1.0' in text
+    assert f'drctl_link_connected{{group="{GROUP}"}} 1.0' in text
+    split.relay.cut()
+    try:
+        split.await_(lambda: cli(split, "check", "rpo", GROUP, "--critical", "3s")[0] == 2, "the RPO is critical", 30)
+        split.await_(lambda: "drctl_link_connected" in cli(split, "metrics", "alpha-1")[1], "the link is told", 30)
+        found = cli(split, "metrics", "alpha-1")[1]
+        assert f'drctl_link_connected{{group="{GROUP}"}} 0.0' in found
+    finally:
+        split.relay.restore()
+    split.await_live(60)
+
+
+def test_one_operator_at_a_time(split):
+    lease = split.call("beta", "lease.take", holder="ann@desk (pid 7)", verb="switchover", seconds=60)
+    assert lease["generation"] == 1
+    code, _ = cli(split, "replicate", "pause", GROUP, "--yes")
+    assert code == 13
+    with pytest.raises(Locked, match="ann@desk"):
+        split.call("beta", "failover.run", source_is_down="x", confirmed=GROUP)
+    assert split.status()["phase"] == "live"
+    split.kill("beta-supervisor")
+    split.up()
+    split.await_(lambda: split.call("beta", "lease.show")["holder"] == "ann@desk (pid 7)", "the lease outlives it", 30)
+    assert split.call("beta", "lease.release", token=lease["token"])["released"]
+    assert split.call("beta", "lease.show") is None
+    assert split.call("beta", "appliance.history")[-1]["outcome"] == "locked"
 
 
 def test_a_source_that_comes_up_alone_waits_and_goes_on_when_the_link_is_back(split):

@@ -142,3 +142,49 @@ def test_a_malformed_request_is_rejected(place):
 def test_no_certificate_is_a_setup_problem(tmp_path):
     with pytest.raises(SetupFailed):
         identity.client_context(tmp_path)
+
+
+def test_a_sealed_key_signs_with_its_passphrase_alone(tmp_path) -> None:
+    identity.create_ca(tmp_path / "ca", b"correct horse")
+    sealed = (tmp_path / "ca" / "ca-key.pem").read_bytes()
+    assert b"ENCRYPTED" in sealed
+    request = identity.make_request(tmp_path / "tls", ALPHA)
+    pem = identity.sign_request(tmp_path / "ca", request, ALPHA, passphrase=b"correct horse")
+    identity.install_certificate(tmp_path / "tls", pem, (tmp_path / "ca" / "ca.pem").read_bytes())
+    for wrong in (None, b"battery staple"):
+        with pytest.raises(SetupFailed):
+            identity.sign_request(tmp_path / "ca", request, ALPHA, passphrase=wrong)
+    # An appliance's own key is not sealed: it has to start by itself.
+    assert b"ENCRYPTED" not in (tmp_path / "tls" / "key.pem").read_bytes()
+
+
+def test_a_passphrase_that_is_not_needed_does_no_harm(tmp_path) -> None:
+    identity.create_ca(tmp_path / "ca")
+    request = identity.make_request(tmp_path / "tls", ALPHA)
+    identity.sign_request(tmp_path / "ca", request, ALPHA, passphrase=b"anything")
+
+
+def test_a_passphrase_is_the_first_line_of_its_file(tmp_path) -> None:
+    file = tmp_path / "pass"
+    file.write_bytes(b"one two\r\nthree\n")
+    assert identity.read_passphrase(file) == b"one two"
+    file.write_bytes(b"\n")
+    for path in (file, tmp_path / "absent"):
+        with pytest.raises(SetupFailed):
+            identity.read_passphrase(path)
+
+
+def test_init_seals_the_key_with_the_passphrase_of_a_file(tmp_path, monkeypatch) -> None:
+    from drctl.appliance.install.roster import Roster
+    from drctl.cli.app import run
+
+    file = tmp_path / "pass"
+    file.write_text("correct horse\n")
+    assert run(["init", str(tmp_path / "dr"), "--ca-passphrase-file", str(file), "--yes"]) == 0
+    request = identity.make_request(tmp_path / "tls", ALPHA).decode()
+    roster = Roster(tmp_path / "dr" / "ca")
+    monkeypatch.delenv(identity.PASSPHRASE, raising=False)
+    with pytest.raises(SetupFailed, match="is encrypted"):
+        roster.sign(request, ALPHA)
+    monkeypatch.setenv(identity.PASSPHRASE, str(file))
+    assert "BEGIN CERTIFICATE" in roster.sign(request, ALPHA)
