@@ -28,7 +28,8 @@ CHANGING = {
     "replicate stop", "resync", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "commit", "lab up",
     "lab down",
 }  # fmt: skip
-SERVICE = {"appliance run"}
+#: For other programs: a service, a monitoring plugin and a scraper know no --output.
+SERVICE = {"appliance run", "check", "metrics"}
 
 
 def commands() -> dict[str, object]:
