@@ -34,7 +34,37 @@ AHEAD = 2
 _UNKNOWN = b"\xff" * SIGNATURE_SIZE
 _ALL: int = 2**PARTS - 1
 
+#: What differs is sent together, so that frames are full, but does not wait longer than this for company (seconds).
+GATHER = 0.03
+
 T = TypeVar("T")
+
+
+class Gate:
+    """Lets those that wait pass together: when enough bytes wait, or the first of them has waited GATHER."""
+
+    def __init__(self, enough: int) -> None:
+        self._enough = enough
+        self._waiting = 0
+        self._gate = asyncio.Event()
+
+    async def wait(self, size: int) -> None:
+        gate = self._gate
+        self._waiting += size
+        if self._waiting >= self._enough:
+            self._open()
+            return
+        try:
+            async with asyncio.timeout(GATHER):
+                await gate.wait()
+        except TimeoutError:
+            if gate is self._gate:
+                self._open()
+
+    def _open(self) -> None:
+        self._gate.set()
+        self._gate = asyncio.Event()
+        self._waiting = 0
 
 
 class Source(Protocol):

@@ -160,7 +160,9 @@ def frames_of_blocks(
 def frames_of_pieces(
     stamp: Stamp, position: int, disk: int, pieces: Sequence[tuple[int, Buffer]], level: int | None = LEVEL
 ) -> list[Parts]:
-    """SYNC frames for scattered pieces of a disk, (offset, data), as many to a frame as fit."""
+    """SYNC frames for scattered pieces of a disk, (offset, data), as many to a frame as fit. Compression is tried on
+    all: a sample of one piece says nothing of its neighbours."""
+    compress = None if level is None else _compressor(level)
     frames: list[Parts] = []
     table: list[bytes] = []
     payload: list[Buffer] = []
@@ -170,7 +172,7 @@ def frames_of_pieces(
         for begin, end, is_zero in _runs(whole):
             size = 0 if is_zero else end - begin
             if filled + size > FRAME_PAYLOAD or len(table) >= MAX_FRAME_EXTENTS:
-                frames.append(_data(FrameKind.SYNC, span, b"".join(table), b"".join(payload), level))
+                frames.append(frame.pack_parts(FrameKind.SYNC, span, b"".join(table), b"".join(payload), compress))
                 table, payload, filled = [], [], 0
             kind, place = (EXTENT_ZERO, 0) if is_zero else (EXTENT_WRITE, filled)
             sectors = (end - begin) // SECTOR
@@ -179,7 +181,7 @@ def frames_of_pieces(
                 payload.append(whole[begin:end])
                 filled += size
     if table:
-        frames.append(_data(FrameKind.SYNC, span, b"".join(table), b"".join(payload), level))
+        frames.append(frame.pack_parts(FrameKind.SYNC, span, b"".join(table), b"".join(payload), compress))
     return frames
 
 

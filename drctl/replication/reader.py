@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from drctl.errors import DrctlError, HypervisorRefused
+from drctl.model.extent import FRAME_PAYLOAD, KiB, MiB
 from drctl.model.extent import Extent as Range
-from drctl.model.extent import KiB, MiB
-from drctl.replication.comparison import COMPARED_READ, COMPARED_WINDOW, Compared, Comparison
+from drctl.replication.comparison import COMPARED_READ, COMPARED_WINDOW, Compared, Comparison, Gate
 from drctl.replication.disk_connection import DiskConnection, Export, connected
 from drctl.replication.ring_port import RingPort
 from drctl.replication.signature_exchange import SignatureExchange
@@ -91,6 +91,7 @@ class Reader:
     ) -> None:
         self._port = port
         self.peer = peer
+        self._gate = Gate(FRAME_PAYLOAD)
         self.hashers = ThreadPoolExecutor(HASHERS, "hashing")
         self._moved = moved
         self._arrived = arrived
@@ -223,6 +224,8 @@ class Reader:
         if parts is None or walk.over:
             return
         if parts:
+            await self._gate.wait(sum(part.length for part in parts))
+        if parts and not walk.over:
             await self._send_parts(walk, read, (floor, data), parts)
         if not walk.over:
             sync.compared(read)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from drctl.errors import ApplianceUnreachable, ProtocolViolation, Refused, WrongPhase
-from drctl.model.extent import MiB
+from drctl.model.extent import FRAME_PAYLOAD, MiB
 from drctl.replication import framing
 from drctl.replication.framing import Stamp
 from drctl.replication.link import Connection
@@ -161,7 +161,10 @@ class StreamSender:
             frames = framing.frames_of_zeroes(stamp, step.position, read.disk, extent.offset, extent.length)
             return _ready(framing.messages_of(frames))
         if read.whole is not None:
-            return self._in_worker(framing.frames_of_pieces, stamp, step.position, read.disk, read.pieces)
+            sync = self._state.progress.sync
+            parts = sync.more_parts(read, FRAME_PAYLOAD) if sync is not None else [read]
+            pieces = [piece for part in parts for piece in part.pieces]
+            return self._in_worker(framing.frames_of_pieces, stamp, step.position, read.disk, pieces)
         assert read.data is not None
         return self._in_worker(framing.frames_of_blocks, stamp, step.position, read.disk, extent.offset, read.data)
 

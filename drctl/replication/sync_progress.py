@@ -46,6 +46,11 @@ class Read:
     #: Itself and its parts, as far as they are not in the stream and not known to be equal.
     open: int = 1
 
+    @property
+    def size(self) -> int:
+        """Bytes of a part."""
+        return sum(len(data) for _, data in self.pieces)
+
 
 @dataclass(slots=True)
 class Sync:
@@ -180,7 +185,7 @@ class Sync:
         read = self.ready.popleft()
         self.held.remove(read)
         if read.whole is not None:
-            size = sum(len(data) for _, data in read.pieces)
+            size = read.size
             self.matched_bytes -= size
         else:
             size = 0 if read.zero else read.extent.length
@@ -188,6 +193,19 @@ class Sync:
         self.sent_bytes += size
         self._close(read)
         return read
+
+    def more_parts(self, first: Read, limit: int) -> list[Read]:
+        """Parts whose data is there, to be sent along with `first`: up to `limit` bytes in all, of the same disk."""
+        parts, size = [first], first.size
+        while self.ready:
+            after = self.ready[0]
+            size += after.size
+            if after.whole is None or after.disk != first.disk or size > limit:
+                break
+            if (read := self.next_read()) is None:
+                break
+            parts.append(read)
+        return parts
 
     def finished_reading(self) -> None:
         """The reader has issued its last read of this attempt."""
