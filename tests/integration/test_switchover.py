@@ -1,6 +1,6 @@
 """Switchover, rollback and failover between two real sites, given as an operator gives them, judged by the witness.
 
-web-1 runs without ACPI: it hears no power button, as a guest that hangs. The tests go from one to the next."""
+web-1 runs without ACPI, and no agent: it hears no power button, as a guest that hangs. The tests go from one to the next."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from drctl.store.group_store import GroupStore
 from tests.integration.fault_rig import GROUP, protect
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+long = pytest.mark.long
 MIB = 2**20
 UP = 300.0
 
@@ -70,7 +71,7 @@ def deafen(rig, guest):
 
 @pytest.fixture(scope="module")
 def sites(make_lab):
-    rig = make_lab(guests=2, rate=20, slots=256)
+    rig = make_lab(guests=2, rate=20, slots=256, agent=False)
     deafen(rig, "web-1")
     faults = protect(rig)
     yield Sites(faults)
@@ -135,7 +136,8 @@ def test_a_switchover_loses_nothing(sites):
     assert "runs at beta" in said
 
 
-def test_its_rollback_brings_it_home_without_a_pass(sites):
+@long
+def test_its_rollback_brings_it_home(sites):
     begun = time.time_ns()
     told, _ = sites.drctl("rollback", GROUP, "--yes", "-o", "json")
     document = json.loads(told)
@@ -161,6 +163,7 @@ def cut_off(sites):
         sites.rig.virsh("alpha", "destroy", guest)
 
 
+@long
 def test_failover_rollback_and_failover_again_to_an_older_checkpoint(sites):
     older = sites.faults.checkpoints()[-1]["number"]
     sites.faults.await_live(120)
@@ -180,6 +183,7 @@ def test_failover_rollback_and_failover_again_to_an_older_checkpoint(sites):
     sites.write_more("beta")
 
 
+@long
 def test_rolled_back_by_the_clock_with_nobody_there(sites):
     sites.drctl("rollback", GROUP, "--yes")
     order = ("--source-is-down", "fire", "--confirm", GROUP, "--auto", "rollback", "--after", "10s", "-o", "json")
