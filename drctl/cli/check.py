@@ -180,8 +180,9 @@ def check(
         typer.Option("--critical", "-c", metavar="RANGE", parser=_range, help="Critical outside of this range."),
     ] = None,
 ) -> int:
-    """Check one thing for a monitoring system: one line, performance data, exit code 0 OK, 1 WARNING, 2 CRITICAL,
-    3 UNKNOWN.
+    """Check one thing for a monitoring system.
+
+    One line, performance data, and exit code 0 OK, 1 WARNING, 2 CRITICAL or 3 UNKNOWN, as monitoring plugins have them.
 
     RANGE is that of the monitoring-plugins guidelines: 30s (alert above), 10: (alert below), 5:20, @5:20; durations and
     sizes may be written out. rpo in seconds, journal in percent used, appliance and clock in seconds, certificate in

@@ -13,7 +13,7 @@ from drctl.errors import NotFound
 app = noun("Print an appliance's metrics for Prometheus.")
 
 
-@app.command(epilog=examples("drctl metrics alpha-1", "drctl --home /var/lib/drctl metrics"))
+@app.command(epilog=examples("drctl metrics alpha-1", "drctl metrics --home /var/lib/drctl"))
 def metrics(
     ctx: typer.Context,
     host: Annotated[str, typer.Argument(metavar="HOST", help="The host; the only one without it.")] = "",
