@@ -148,8 +148,8 @@ async def connected(export: Export) -> AsyncIterator[tuple[DiskConnection, async
     finally:
         await connection.close()
         runner.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await runner
+        # Not awaited under a suppressed CancelledError: ours would be lost with it, and the reader go on for ever.
+        await asyncio.wait((runner,))
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:
