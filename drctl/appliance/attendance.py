@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from drctl.appliance.disk_changes import disk_changes
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.image_stamp import RUNNING, Stamp, untold
 from drctl.appliance.returning import Returning
@@ -90,7 +91,10 @@ class Attendance:
 
     def attach(self, machines: Sequence[Machine], attaching: Attaching) -> None:
         """See to it that every disk of a running machine has its mirror."""
-        if missing := set(self._tapping.missing(self._keeper.state, machines)):
+        state = self._keeper.state
+        # What is not there any more, or in another size, can't be attached; it is named, and its machine not attested.
+        changed = {change.number for change in disk_changes(state, machines)}
+        if missing := set(self._tapping.missing(state, machines)) - changed:
             self._take_back(missing, attaching)
         self._returning.attached(self._running)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -131,7 +131,11 @@ class GroupState(msgspec.Struct, frozen=True):
         disks = tuple(disk.missed() if disk.number in numbers else disk for disk in self.disks)
         return msgspec.structs.replace(self, disks=disks, sync="")
 
-    def with_machines(self, machines: list[Machine]) -> GroupState:
+    def with_disks_of(self, other: GroupState) -> GroupState:
+        """This state with the disks of another."""
+        return msgspec.structs.replace(self, disks=other.disks, next_number=other.next_number, sync=other.sync)
+
+    def with_machines(self, machines: Sequence[Machine]) -> GroupState:
         """The disks of the machines as they are now: known ones keep their numbers, new ones get the next."""
         known = {(disk.machine, disk.target): disk for disk in self.disks}
         disks: list[DiskState] = []
@@ -140,7 +144,8 @@ class GroupState(msgspec.Struct, frozen=True):
             for disk in machine.disks:
                 old = known.get((machine.name, disk.target))
                 if old is not None:
-                    disks.append(msgspec.structs.replace(old, size=disk.size))
+                    known_size = disk.size == old.size
+                    disks.append(old if known_size else msgspec.structs.replace(old.missed(), size=disk.size))
                 else:
                     disks.append(DiskState(number, machine.name, disk.target, disk.size))
                     number += 1

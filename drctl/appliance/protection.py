@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,13 +22,14 @@ from drctl.appliance.attendance import Attaching, Attendance
 from drctl.appliance.boot_guard import BootGuard
 from drctl.appliance.config import Home
 from drctl.appliance.definition import DefinitionFile
+from drctl.appliance.disk_changes import taken_up
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
-from drctl.appliance.image_stamp import RUNNING, Stamp, stamps_of_images
+from drctl.appliance.image_stamp import Stamp, stamps_of_images
 from drctl.appliance.passes import Passes, Wanted, pass_wanted
 from drctl.appliance.process import Processes
 from drctl.appliance.resync import SurveyOrder
 from drctl.appliance.returning import Returning
-from drctl.appliance.shipper_link import ShipperLink
+from drctl.appliance.shipper_link import Report, ShipperLink
 from drctl.appliance.source_host import SourceHost
 from drctl.appliance.strays import Strays
 from drctl.appliance.tappable import check_machines
@@ -75,10 +77,14 @@ class Protection:
         self.boot: BootGuard | None = None  # where the host was booted since the group was last looked after
         self._returning = Returning(host, self.worker)
         self._attendance = Attendance(self, host, self.tapping, self._returning)
+        place = Place(str(self.worker.socket_path), self.worker.start_sink)
+        self._attaching = Attaching(place, partial(self._look_at_machines, anew=True), self._end_pass)
         self._passes = Passes(home, group, host, processes)
         self.survey = SurveyOrder()
         self._definition = DefinitionFile(home, group, host)
         self._seen = _Seen()
+        #: Disks that were added or taken out are to be taken up.
+        self._take_up = False
         self._wake = threading.Event()
         self._lock = threading.RLock()
         self._stopping = False
@@ -98,15 +104,6 @@ class Protection:
         """Start the thread."""
         self._thread = threading.Thread(target=self._loop, name=f"protect-{self._state.spec.name}", daemon=True)
         self._thread.start()
-
-    def settled(self) -> bool:
-        """Whether waiting is of no use: else its machines are all off, and a checkpoint that holds how they left is on
-        its way. A host that goes down now has to read nothing of them when it is back."""
-        state = self._state
-        awaited = any(disk.left is not None and not disk.held for disk in state.disks)
-        off = not any(machine.state in RUNNING for machine in self._seen.machines)
-        report = self.shipper.report() if awaited and off and state.desired is Desired.PROTECTED else None
-        return report is None or report.wants != "nothing"
 
     def close(self) -> None:
         """Stop looking. Tap, shipper and mirrors go on without us."""
@@ -135,6 +132,11 @@ class Protection:
                 self._keep(phase=advance(self._state.spec.name, self._state.phase, Event.PAUSE), desired=desired)
             else:
                 self._keep(phase=advance(self._state.spec.name, self._state.phase, Event.STOP), desired=desired)
+        self.wake()
+
+    def take_up(self) -> None:
+        """Let the group be about the disks that its machines have now."""
+        self._take_up = True
         self.wake()
 
     def changed_spec(self) -> None:
@@ -201,25 +203,39 @@ class Protection:
         self._take_autostart()
         if not self.worker.adopt_ring(self._state):
             self._begin_epoch()
-        if self._definition.refresh(self._state):
+        amended = self._amend()
+        if self._definition.refresh(self._state, force=amended):
             self.shipper.new_definition()
         if self.worker.ensure_tap():
             self._say("the tap was started")
         self._attendance.note_power(self._seen.machines, reading=self._passes.running)
-        self._attach()
+        self._attendance.attach(self._seen.machines, self._attaching)
         self.shipper.ensure(self._state)
         self._order_and_passes()
 
-    def _look_at_machines(self, *, anew: bool = False) -> None:
+    def _amend(self) -> bool:
+        """Take up disks that were resized, and on order those that were added or taken out; whether there were any."""
+        if self._take_up:
+            self._look_at_machines(anew=True)
+            check_machines(self._host, self._state.spec.machines)
+        amended = taken_up(self._state, self._seen.machines, every=self._take_up)
+        if amended is not None:
+            self._end_pass()
+            self.worker.amend_ring(amended)
+            self.change(lambda now: now.with_disks_of(amended))
+        self._take_up = False
+        return amended is not None and self.worker.adopt_ring(self._state)
+
+    def _look_at_machines(self, *, anew: bool = False) -> list[Machine]:
         """Raises HostUnreachable, or NotFound when a machine of the group is gone."""
         now = time.monotonic()
         if anew or now - self._seen.machines_at > MACHINES_SECONDS or not self._seen.machines:
             self._seen.machines = [self._host.machine(name) for name in self._state.spec.machines]
             self._seen.machines_at = now
-            return
-        self._seen.machines = [
-            replace(machine, state=self._host.state(machine.name)) for machine in self._seen.machines
-        ]
+        else:
+            known = self._seen.machines
+            self._seen.machines = [replace(machine, state=self._host.state(machine.name)) for machine in known]
+        return self._seen.machines
 
     def _take_autostart(self) -> None:
         """Whether a guest starts at the host's boot is decided by the boot guard from now on."""
@@ -248,17 +264,9 @@ class Protection:
             self._keep(epoch=epoch, disks=disks, phase=phase, sync="")
             self.shipper.configure(self._state)
 
-    def _attach(self) -> None:
-        place = Place(str(self.worker.socket_path), self.worker.start_sink)
-        self._attendance.attach(self._seen.machines, Attaching(place, self._machines_now, self._end_pass))
-
-    def _machines_now(self) -> Sequence[Machine]:
-        self._look_at_machines(anew=True)
-        return self._seen.machines
-
     def _end_pass(self) -> None:
+        self.shipper.cancel_sync()  # before its exports go: it would try to reach them again
         self._passes.end()
-        self.shipper.cancel_sync()
 
     # -- order and passes -------------------------------------------------------------------------------------------
 
@@ -271,7 +279,7 @@ class Protection:
             self.superseded(report.reason)
             return
         if self._passes.running:
-            self._follow_pass(active=report.sync_active, done=report.sync_done)
+            self._follow_pass(report)
             return
         if self.survey.running:
             self.survey.ended({})
@@ -299,27 +307,31 @@ class Protection:
             self._keep(sync=uuid.uuid4().hex)
         self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
         exports = self._passes.begin(wanted.mode, wanted.numbers, self._state, self._seen.machines)
-        self.shipper.start_sync(wanted.mode, exports, self._state.sync, wanted.equal)
+        try:
+            self.shipper.start_sync(wanted.mode, exports, self._state.sync, wanted.equal)
+        except DrctlError:
+            self._passes.end()
+            raise
         self._settle(f"the reader goes over {len(wanted.numbers)} disk(s)" if wanted.numbers else "")
 
-    def _follow_pass(self, *, active: bool, done: bool) -> None:
-        if active:
+    def _follow_pass(self, report: Report) -> None:
+        if report.sync_active:
             self._settle("")
             return
         mode, numbers = self._passes.mode, self._passes.end()
         if self.survey.running:
             self.survey.ended(self.shipper.status)
-        if done and mode in ("initial", "full", "clean"):
+        # Not of another pass than that for what is missing now.
+        whole = report.sync_done and report.sync_id == self._state.sync
+        if whole and mode in ("initial", "full", "clean"):
             with self._lock:
                 self._state = msgspec.structs.replace(self._state, equal=False)
                 for number in numbers:
                     self._state = self._state.with_disk(number, pass_needed=False)
                 self._keep()
-            now = stamps_of_images(self._state, self._seen.machines)
-            before = self._seen.stamps
-            self._attendance.note_left(
-                {n: now[n] if now[n] == before[n] else None for n in numbers if n in now and n in before}
-            )
+            now, before = stamps_of_images(self._state, self._seen.machines), self._seen.stamps
+            off = [number for number in numbers if number in now and number in before]
+            self._attendance.note_left({n: now[n] if now[n] == before[n] else None for n in off})
 
     def _prove(self, reason: str) -> None:
         if self.worker.dropping():
@@ -365,8 +377,7 @@ class Protection:
         self._passes.end()
         if self.worker.adopt_ring(self._state):
             self.worker.ensure_tap()
-            place = Place(str(self.worker.socket_path), self.worker.start_sink)
-            if left := self.tapping.detach(self._state, self._seen.machines, place):
+            if left := self.tapping.detach(self._state, self._seen.machines, self._attaching.place):
                 self._say("; ".join(left))
                 return
         self.worker.remove()

@@ -31,6 +31,7 @@ class Report:
     reason: str
     sync_active: bool
     sync_done: bool
+    sync_id: str
     superseded: bool
 
 
@@ -131,6 +132,7 @@ class ShipperLink:
             reason=reason,
             sync_active=sync.get("job") == "running",
             sync_done=sync.get("job") == "done",
+            sync_id=str(sync.get("id") or ""),
             superseded=error.get("refusal") == "superseded",
         )
 

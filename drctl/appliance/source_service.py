@@ -62,7 +62,7 @@ class SourceService:
     def settle(self) -> None:
         """Wait, for some seconds, for the last checkpoints of groups whose machines are all off."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < deadline and not all(each.settled() for each in list(self._protections.values())):
+        while time.monotonic() < deadline and not all(map(_settled, list(self._protections.values()))):
             time.sleep(0.1)
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class SourceService:
     # -- replicate --------------------------------------------------------------------------------------------------
 
     def replicate_start(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Protect the group; returns once every running machine's disks are attached."""
+        """Protect the group, with the disks that its machines have now; returns once every running one is attached."""
         protection = self._protection(params)
         if protection.state.phase is Phase.FAILED_OVER:
             raise Refused(
@@ -158,6 +158,7 @@ class SourceService:
         if not protection.state.epoch:
             demand_room(self._home.run, protection.state.spec.ring_size)
         protection.want(Desired.PROTECTED)
+        protection.take_up()
         deadline = time.monotonic() + ATTACH_SECONDS
         while time.monotonic() < deadline:
             status = source_status(protection)
@@ -242,6 +243,16 @@ class SourceService:
         del progress
         self._protection(params).shipper.take(params)
         return {}
+
+
+def _settled(protection: Protection) -> bool:
+    """Not: its machines are all off, and a checkpoint that holds how they left is on its way. Once it is there, a host
+    that goes down has to read nothing of them when it is back."""
+    state = protection.state
+    awaited = any(disk.left is not None and not disk.held for disk in state.disks)
+    off = not any(machine.state in RUNNING for machine in protection.machines)
+    report = protection.shipper.report() if awaited and off and state.desired is Desired.PROTECTED else None
+    return report is None or report.wants != "nothing"
 
 
 def _demand_unprotected(protection: Protection, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from drctl.appliance.disk_changes import disk_changes
 from drctl.appliance.protection import Protection
 from drctl.errors import DrctlError
 
@@ -30,6 +31,9 @@ def source_status(protection: Protection) -> dict[str, Any]:
         "backlog_bytes": status.get("backlog_bytes"),
         "sync": _sync(status, protection.shipper.sync_eta()),
         "machines": _machines(protection),
+        "changes": [each.words(state.spec.name) for each in disk_changes(state, protection.machines)]
+        if state.epoch
+        else [],
         "ring": _ring(status),
         "boot": protection.boot.told() if protection.boot else None,
         "strays": list(protection.strays.names),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from drctl.appliance.disk_changes import disk_changes
 from drctl.appliance.group_state import DiskState, GroupState
 from drctl.appliance.image_stamp import RUNNING, why_not_in_order
 from drctl.errors import DrctlError, StepFailed
@@ -178,14 +179,13 @@ class Tapping:
             except DrctlError as exc:
                 return exc.message if name in exc.message else f"{name}: {exc.message}"
             if reason:
-                return f"{name}: {reason}"
+                return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
         return ""
 
     def _attest_machine(self, state: GroupState, machine: Machine) -> str:
         disks = _disks_of(state, machine.name)
-        targets = {disk.target for disk in disks}
-        if extra := [disk.target for disk in machine.disks if disk.target not in targets]:
-            return f"disk {extra[0]} is not protected"
+        if changed := disk_changes(state, [machine]):
+            return changed[0].words(state.spec.name)
         if pending := [disk.target for disk in disks if disk.pass_needed]:
             return f"{pending[0]}: the reader has to go over it"
         if machine.name in state.moved:

@@ -83,6 +83,15 @@ class Worker:
         write_exports(exports_path(self.ring_path), {disk.name: (disk.number, disk.size) for disk in state.disks})
         return epoch
 
+    def amend_ring(self, state: GroupState) -> None:
+        """Let the ring of this epoch be about the state's disks. The tap is restarted for it: mirrors come back by
+        themselves, and order has to be proven again. Raises OutOfSpace, IntegrityError."""
+        self._close_ring()
+        self._processes.end(self.shipper_name)
+        self._processes.end(self._tap_name)
+        Ring.amend(self.ring_path, {disk.number: disk.size for disk in state.disks})
+        write_exports(exports_path(self.ring_path), {disk.name: (disk.number, disk.size) for disk in state.disks})
+
     def _close_ring(self) -> None:
         if self._ring is not None:
             self._ring.close()

@@ -219,7 +219,9 @@ def examine_coverage(machines: Iterable[Mapping[str, Any]], pictures: Iterable[M
     """Findings about machines and disks that no group carries, though one might think so."""
     found: list[Finding] = []
     carried = {
-        (picture["group"], machine["name"]): {disk["target"] for disk in machine.get("disks", [])}
+        (picture["group"], machine["name"]): {
+            disk["target"] for disk in machine.get("disks", []) if disk.get("state") != "not protected"
+        }
         for picture in pictures
         for machine in picture["machines"]
     }
@@ -249,7 +251,7 @@ def _disks(machine: Mapping[str, Any], carried: set[str]) -> list[Finding]:
                 error(name, f"can't be replicated: {disk['refusal']}", "change the disk, or take the machine out")
             )
         elif disk["target"] not in carried:
-            again = f"drctl replicate pause {machine['group']}, then resume"
+            again = f"drctl replicate start {machine['group']} takes it up"
             found.append(
                 error(name, f"was added after group {machine['group']} was started; it is not replicated", again)
             )

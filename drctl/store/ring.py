@@ -99,6 +99,34 @@ class Ring:
         temporary.replace(path)
         return cls.open(path)
 
+    @staticmethod
+    def amend(path: Path, disks: Mapping[int, int]) -> None:
+        """Let a ring that nobody has open be about other disks ({number: size in bytes}), or other sizes of them.
+
+        Records stay, also those of disks that are left out; the words of a disk that stays are kept, its dirty maps
+        too unless its size changed. Whatever happens in between, the ring's disks are then neither the old nor the new
+        ones, and it is not adopted. Raises OutOfSpace, Locked, UnsupportedFormat or IntegrityError."""
+        if not 0 < len(disks) <= MAX_DISKS:
+            raise ValueError(f"a ring of {len(disks)} disks can't be made")
+        ring = Ring.open(path)
+        try:
+            _lock(ring._descriptor, path)
+            old = {number: bytes(ring.words[start : start + DISK_WORDS]) for number, start in ring.tables.items()}
+            sizes = ring.disks
+            ring.words[Word.DISKS] = 0
+            for number, size in disks.items():
+                if sizes.get(number) != size:
+                    for which in (0, 1):
+                        _allocate(dirty_map_path(path, number, which), dirty_map_size(size))
+            for index, (number, size) in enumerate(disks.items()):
+                start = DISK_TABLE + index * DISK_WORDS
+                ring.words[start : start + DISK_WORDS] = memoryview(old.get(number, bytes(8 * DISK_WORDS))).cast("Q")
+                ring.words[start + DiskWord.SIZE] = size
+                ring.words[start + DiskWord.NUMBER] = number
+            ring.words[Word.DISKS] = len(disks)
+        finally:
+            ring.close()
+
     @classmethod
     def open(cls, path: Path, *, writer: bool = False) -> Ring:
         """Open a ring. As `writer` (the tap) all of it is faulted in, locked in memory where the limit allows, and

@@ -19,7 +19,7 @@ from drctl.errors import IntegrityError, Locked, OutOfSpace, UnsupportedFormat
 from drctl.model.extent import BLOCK, Extent
 from drctl.model.identity import StreamIdentity
 from drctl.store import ring as ring_module
-from drctl.store.ring import Ring, dirty_map_path, exports_path, read_exports, write_exports
+from drctl.store.ring import Ring, dirty_map_path, dirty_map_size, exports_path, read_exports, write_exports
 from drctl.store.ring_reader import RingReader
 from drctl.store.ring_writer import DROPPED, RingWriter
 from drctl.wire.ring import (
@@ -479,6 +479,28 @@ def test_creation_replaces_an_older_ring_and_removal_leaves_nothing(pair: Pair) 
     assert not any(dirty_map_path(pair.path, 4, 0).read_bytes())
     Ring.remove(pair.path)
     assert list(pair.path.parent.iterdir()) == []
+
+
+def test_a_ring_is_amended_with_its_records(pair: Pair) -> None:
+    """A disk grows, one comes, one goes: what is in the ring stays, and so do the words of disks that stay."""
+    put(pair, 3)
+    pair.writer.publish()
+    writes = pair.reading.disk_word(4, DiskWord.WRITES)
+    with pytest.raises(Locked):
+        Ring.amend(pair.path, {4: 8 << 20})
+    pair.kill()
+    size = DISKS[4] * 2
+    Ring.amend(pair.path, {4: size, 9: 4096})
+    pair.reopen()
+    assert pair.reading.disks == {4: size, 9: 4096}
+    assert pair.reading.disk_word(4, DiskWord.WRITES) == writes
+    assert pair.reading.disk_word(9, DiskWord.WRITES) == 0
+    assert dirty_map_path(pair.path, 4, 0).stat().st_size == dirty_map_size(size)
+    assert pair.word(Word.PUBLISHED) == 3
+    assert len(pair.read()) == 3
+    put(pair, 1)
+    pair.writer.publish()
+    assert pair.word(Word.PUBLISHED) == 4
 
 
 def test_exports_survive_the_round_trip_and_garbage_is_named(tmp_path: Path) -> None:
