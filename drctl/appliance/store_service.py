@@ -20,6 +20,7 @@ from drctl.model.group import GroupSpec
 from drctl.store.group_info import StoreMode
 from drctl.store.group_store import GroupStore
 from drctl.store.retention import Forecast
+from drctl.store.signatures import verify_signatures
 
 #: Bytes of a disk verified between two reports of progress.
 _STEP = 4 * MiB
@@ -111,7 +112,7 @@ class StoreService:
             return asdict(store.checkpoint(chosen.number))
 
     def checkpoint_verify(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Read all of a checkpoint; what is damaged is named, with file and offset."""
+        """Read all of a checkpoint, and what is signed of the newest content; what is damaged is named."""
         with self._stores.open(str(params.get("group"))) as store:
             chosen = _resolve(store, params)
             damaged: list[str] = []
@@ -124,6 +125,10 @@ class StoreService:
                         if problem:
                             damaged.append(f"{disk.name}: {problem}")
                         progress({"done_bytes": done, "total_bytes": total})
+            for count, problems in verify_signatures(store.root):
+                done += count
+                damaged += problems
+                progress({"done_bytes": done, "total_bytes": max(total, done)})
         return {"number": chosen.number, "time": chosen.time, "bytes": done, "damaged": damaged}
 
     def replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:

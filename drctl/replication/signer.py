@@ -13,26 +13,47 @@ from drctl.errors import IntegrityError
 from drctl.store.signatures import UNKNOWN, SignatureStore
 from drctl.wire.signature import PARTS, Compare, Digests, PartMasks, Signatures, check_asked, parts_that_differ
 
+#: Without a question for so long (seconds) the look at the log is closed: it keeps files that may have been deleted.
+IDLE = 30.0
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class Signer:
     """Answers for one group. What it tells of is the log's end at some moment after the SYNC_BEGIN of the pass that
-    asks: one look for each pass, so that no frame of an earlier pass comes after it."""
+    asks: a look of its own for each pass, so that no frame of an earlier pass comes after it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._executor = ThreadPoolExecutor(1, f"sign-{root.name}")
         self._store: SignatureStore | None = None
         self._sync = ""
+        self._idle: asyncio.TimerHandle | None = None
+        self._forgetting: asyncio.Task[None] | None = None
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def answer(self, asked: Compare | Digests) -> Signatures | PartMasks:
         """What cannot be read here is told to differ: the source sends its own. Raises ProtocolViolation."""
-        return await self._run(lambda: self._answer(asked))
+        answer = await self._run(lambda: self._answer(asked))
+        self._rest(asyncio.get_running_loop())
+        return answer
+
+    def _rest(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look anew when the next question comes late."""
+
+        def forget() -> None:
+            self._forgetting = loop.create_task(self.forget())
+
+        self._stop_resting()
+        self._idle = loop.call_later(IDLE, forget)
+
+    def _stop_resting(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
 
     def _answer(self, asked: Compare | Digests) -> Signatures | PartMasks:
         if isinstance(asked, Compare):
@@ -76,5 +97,6 @@ class Signer:
             store.close()
 
     async def close(self) -> None:
+        self._stop_resting()
         await self.forget()
         self._executor.shutdown(wait=False)

@@ -31,7 +31,7 @@ import secrets
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -272,8 +272,8 @@ class SignatureStore:
         source = self._source(self._disks[disk])
         return [source.read(at * SIGNED, min(SIGNED, source.size - at * SIGNED)) for at in blocks]
 
-    def verify(self) -> Iterator[tuple[int, list[str]]]:
-        """Compare all signatures that hold with the data: (bytes read, what is wrong) piece by piece."""
+    def verify(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Compare all signatures that hold with the data: (bytes read, [(disk, block)] that are not as signed)."""
         for number, disk in self._disks.items():
             if not (self._root / "signatures" / f"{safe_name(disk.name)}.map").exists():
                 continue
@@ -282,8 +282,18 @@ class SignatureStore:
             for low, high in _runs(np.flatnonzero(found.valid)):
                 for first in range(low, high, step):
                     count = min(step, high - first)
-                    wrong = self._made(found, first, count) != found.get(first, count)
-                    yield count * SIGNED, [f"{disk.name}+{first * SIGNED}: a signature is wrong"] if wrong else []
+                    same = self._made(found, first, count) == found.get(first, count)
+                    yield count * SIGNED, [] if same else [(number, at) for at in self._unlike(found, first, count)]
+
+    def _unlike(self, found: SignatureMap, first: int, count: int) -> list[int]:
+        return [at for at in range(first, first + count) if self._made(found, at, 1) != found.get(at, 1)]
+
+    def problem(self, number: int, block: int) -> str:
+        """What is wrong with a block; empty when its data is as signed, or it is not signed any more."""
+        found = self._map(number)
+        if not found.valid[block] or self._made(found, block, 1) == found.get(block, 1):
+            return ""
+        return f"{found.disk.name}+{block * SIGNED}: the data is not what was signed"
 
     def flush(self) -> None:
         """Make durable what was made. A full disk costs no more than that."""
@@ -338,3 +348,22 @@ def _advance(root: Path, found: SignatureMap, info: GroupInfo) -> None:
             found.save()
     finally:
         found.close()
+
+
+def verify_signatures(root: Path) -> Iterator[tuple[int, list[str]]]:
+    """Compare the newest content with its signatures: (bytes read, what is wrong) piece by piece. This is for the bases,
+    which have no checksums."""
+    if not any((root / "signatures").glob("*.map")):
+        return
+    try:
+        with closing(SignatureStore(root)) as store:
+            for count, wrong in store.verify():
+                yield count, _still_wrong(root, wrong) if wrong else []
+    except IntegrityError as exc:
+        yield 0, [exc.message]
+
+
+def _still_wrong(root: Path, wrong: list[tuple[int, int]]) -> list[str]:
+    """What is newer than the look that found it may have reached the bases since: look anew."""
+    with closing(SignatureStore(root)) as fresh:
+        return [text for number, block in wrong if (text := fresh.problem(number, block))]

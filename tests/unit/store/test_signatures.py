@@ -16,7 +16,7 @@ from drctl.model.group import Retention, Rung
 from drctl.store import atomic
 from drctl.store.journal import SealPolicy
 from drctl.store.maintenance import Maintenance
-from drctl.store.signatures import UNKNOWN, SignatureStore
+from drctl.store.signatures import UNKNOWN, SignatureStore, verify_signatures
 from drctl.wire.signature import SIGNED, blocks_of, signatures
 
 SECTORS = 3 * 128 + 40
@@ -103,6 +103,7 @@ def test_a_damaged_file_costs_work_and_no_truth(live, name, change):
         # Not told from data by itself: `checkpoint verify` finds it. It never matches what a source has.
         with closing(SignatureStore(live.root)) as store:
             assert any(wrong for _, wrong in store.verify())
+        assert [text for _, wrong in verify_signatures(live.root) for text in wrong]
     else:
         check(live)
 
@@ -113,6 +114,18 @@ def test_verify_agrees(live):
         told = list(store.verify())
         assert sum(count for count, _ in told) == 8 * SIGNED
         assert not any(wrong for _, wrong in told)
+
+
+def test_a_rotten_base_is_found(live):
+    check(live)
+    assert not [text for _, wrong in verify_signatures(live.root) for text in wrong]
+    path = live.root / "disks" / "db 1.vdb" / "base.raw"
+    with path.open("r+b") as file:
+        file.seek(70_000)
+        file.write(b"\x01")
+    assert [text for _, wrong in verify_signatures(live.root) for text in wrong] == [
+        "db 1.vdb+65536: the data is not what was signed"
+    ]
 
 
 def test_a_block_that_cannot_be_read_is_unknown(live):
