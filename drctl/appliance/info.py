@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from drctl import __version__
 from drctl.appliance.client import Client
 from drctl.appliance.config import Home
+from drctl.appliance.libvirt_hook import HOOK_PATH
 from drctl.errors import CertificateRejected, DrctlError
 from drctl.model.extent import GiB, format_bytes
 from drctl.model.machine import Machine
@@ -53,6 +54,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
     findings += _permission_findings(home)
     findings += _certificate_findings(home)
     findings += _rejections(home)
+    findings += hook_findings(config.uri, HOOK_PATH)
     return {
         "site": config.site,
         "host": config.host,
@@ -120,6 +122,20 @@ def _certificate_findings(home: Home) -> list[dict[str, str]]:
         return [_finding("error", str(path), message, "enroll the appliance anew", _CERTIFICATE)]
     if days < CERTIFICATE_DAYS:
         return [_finding("warning", str(path), f"the certificate expires in {days:.0f} days", "enroll it anew before")]
+    return []
+
+
+def hook_findings(uri: str, hook: Path) -> list[dict[str, str]]:
+    """Whether libvirt would refuse to start a superseded guest. Sessions' daemons are not the installer's business."""
+    if not uri.startswith("qemu:///system"):
+        return []
+    try:
+        hook.stat()
+    except FileNotFoundError:
+        message = "is not there: libvirt would start guests of a group that reigns at the other site"
+        return [_finding("warning", str(hook), message, "drctl appliance install puts it there")]
+    except OSError:
+        return []  # /etc/libvirt is for root alone on some systems: then nothing is known
     return []
 
 

@@ -12,6 +12,7 @@ import pytest
 from drctl.appliance import guest_notes, libvirt_hook
 from drctl.appliance.boot_guard import GRACE_SECONDS, BootGuard, BootMarks, Duty, GuardFiles, Step, decide, refusals
 from drctl.appliance.group_state import Desired, GroupState, GuestNote
+from drctl.appliance.info import hook_findings
 from drctl.appliance.strays import Strays, superseded_here
 from drctl.errors import HypervisorRefused, NotFound
 from drctl.model.group import GroupSpec
@@ -294,6 +295,14 @@ def test_a_renamed_guest_is_the_same_guest(tmp_path, guarded):
 def test_the_hook_is_in_nobody_elses_way(tmp_path, guarded, case):
     done = hook(tmp_path, home=guarded, **case)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_hook_that_is_not_installed_is_a_finding_of_the_systems_libvirt(tmp_path):
+    (found,) = hook_findings("qemu:///system", tmp_path / "drctl")
+    assert found["severity"] == "warning"
+    assert hook_findings("qemu+unix:///session?socket=/x", tmp_path / "drctl") == []
+    (tmp_path / "drctl").touch()
+    assert hook_findings("qemu:///system", tmp_path / "drctl") == []
 
 
 def test_without_files_the_hook_lets_all_pass(tmp_path):
