@@ -15,21 +15,11 @@ from typing import Any
 
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
+from drctl.appliance.handover_record import FinalMark, Handover, HandoverFiles, HandoverPhase
 from drctl.appliance.handover_state import handed_over, taken_back
 from drctl.appliance.image_stamp import Stamp, image_stamp
 from drctl.appliance.protection import Protection
-from drctl.appliance.source_handover import (
-    FinalMark,
-    Handing,
-    Handover,
-    HandoverFiles,
-    HandoverHost,
-    HandoverPhase,
-    Progress,
-    WallTimer,
-    begin,
-    why_not,
-)
+from drctl.appliance.source_handover import Handing, HandoverHost, Progress, WallTimer, begin, why_not
 from drctl.errors import ApplianceUnreachable, DrctlError, Locked, NotFound, Refused, StepFailed
 from drctl.model.phase import Phase
 from drctl.replication.reign import Answer, Reign

@@ -13,17 +13,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from enum import StrEnum
-from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
+from drctl.appliance.handover_record import (
+    SHUTDOWN_SECONDS,
+    FinalMark,
+    Handover,
+    HandoverFiles,
+    HandoverPhase,
+    OnTimeout,
+)
 from drctl.appliance.image_stamp import RUNNING, Stamp
 from drctl.errors import (
     DrctlError,
     HypervisorRefused,
-    IntegrityError,
     NotFound,
     PreconditionFailed,
     StepFailed,
@@ -31,71 +34,19 @@ from drctl.errors import (
 )
 from drctl.model.machine import MachineState
 from drctl.model.phase import Phase
-from drctl.store import atomic
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 
-FORMAT = 1
 POLL_SECONDS = 0.25
 #: A guest that boots hears no power button: it is pressed again at this distance.
 PRESS_SECONDS = 15.0
-#: Longest wait for a guest to power off, unless told otherwise.
-SHUTDOWN_SECONDS = 180.0
 #: Longest that the order of a group whose machines are all off, and then the final mark, are waited for.
 FINAL_SECONDS = 60.0
 #: Longest wait for tap and shipper to be gone, and for a group that came back clean to be live again.
 WITHDRAW_SECONDS = 60.0
 LIVE_SECONDS = 20.0
-
-
-class HandoverPhase(StrEnum):
-    STOPPING = "stopping"
-    FINAL = "final"
-    HANDED_OVER = "handed-over"
-    TAKING_BACK = "taking-back"
-
-
-class OnTimeout(StrEnum):
-    """What to do about a guest that does not power off in time."""
-
-    ABORT = "abort"
-    SUSPEND = "suspend"
-
-
-class FinalMark(msgspec.Struct, frozen=True):
-    """The last checkpoint of the source's reign. `time`: seconds since the epoch, at the recovery side's clock."""
-
-    number: int
-    time: float
-    sequence: int
-    epoch: str
-
-
-class Handover(msgspec.Struct):
-    """One group's handover. `machines`: those that ran when it began, in the order of the group; `suspended`: those of
-    them that did not power off in time; `stamps`: each disk's image right after the final mark.
-
-    Invariant: `final` is set from phase `final` on."""
-
-    group: str
-    phase: HandoverPhase
-    generation: int
-    machines: list[str]
-    on_timeout: OnTimeout = OnTimeout.ABORT
-    shutdown_seconds: float = SHUTDOWN_SECONDS
-    suspended: list[str] = msgspec.field(default_factory=list)
-    final: FinalMark | None = None
-    stamps: dict[str, Stamp] = msgspec.field(default_factory=dict)
-    times: dict[str, float] = msgspec.field(default_factory=dict)
-    reason: str = ""
-    format: int = FORMAT
-
-    def as_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = msgspec.to_builtins(self)
-        del data["stamps"]
-        return data
 
 
 class HandoverGroup(Protocol):
@@ -178,33 +129,6 @@ class WallTimer:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
-
-
-class HandoverFiles:
-    """The records; each save is atomic and durable when it returns."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def names(self) -> list[str]:
-        return sorted(path.stem for path in self._directory.glob("[!.]*.json"))
-
-    def load(self, group: str) -> Handover | None:
-        """None when there is none. Raises IntegrityError."""
-        data = atomic.read_json(self._directory / f"{group}.json")
-        if data is None:
-            return None
-        try:
-            return msgspec.convert(data, Handover)
-        except msgspec.ValidationError as exc:
-            raise IntegrityError(f"{self._directory / group}.json: {exc}") from exc
-
-    def save(self, handover: Handover) -> None:
-        atomic.make_directory(self._directory)
-        atomic.write_json(self._directory / f"{handover.group}.json", msgspec.to_builtins(handover))
-
-    def remove(self, group: str) -> None:
-        atomic.remove(self._directory / f"{group}.json")
 
 
 class Handing:

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from drctl.appliance import handover_service
+from drctl.appliance.handover_record import HandoverPhase
 from drctl.appliance.handover_service import HandoverService
-from drctl.appliance.source_handover import HandoverPhase
 from drctl.errors import Locked, NotFound, Refused, StepFailed
 from drctl.model.machine import MachineState
 from drctl.model.phase import Phase

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from drctl.appliance.source_handover import (
-    FinalMark,
-    Handing,
-    HandoverFiles,
-    HandoverPhase,
-    OnTimeout,
-    begin,
-    why_not,
-)
+from drctl.appliance.handover_record import FinalMark, HandoverFiles, HandoverPhase, OnTimeout
+from drctl.appliance.source_handover import Handing, begin, why_not
 from drctl.errors import HypervisorRefused, NotFound, PreconditionFailed, StepFailed, WrongPhase
 from drctl.model.machine import MachineState
 from drctl.model.phase import Phase
