@@ -169,8 +169,20 @@ class _Builder:
                 on_failure=one.on_failure,
                 action=one,
             )
+            if isinstance(one, Script) and one.machine:
+                step = replace(step, machine=one.machine, group=self._group_of(one.machine))
             after = (self._add(step),)
         return after
+
+    def _group_of(self, machine: str) -> str:
+        """The group of a machine that a plan's or stage's script runs in. Raises PreconditionFailed."""
+        for name, vms in self._vms.items():
+            if any(vm.name == machine and vm.boot for vm in vms):
+                return name
+        raise PreconditionFailed(
+            f"plan {self._plan.name}: a script is to run in {machine!r}, which the plan does not boot",
+            hint="vm = … names a machine of one of its stages",
+        )
 
     def _stage(self, stage: Stage, start: tuple[str, ...]) -> None:
         owner = f"stage:{stage.name}"
