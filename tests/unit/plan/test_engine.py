@@ -204,6 +204,8 @@ def test_a_plan_over_its_limit() -> None:
     assert drive.engine.next_deadline == 20.0
     drive.wait(20.0)
     assert [record["why"] for record in drive.of("ending")] == ["the plan's time limit"]
+    assert drive.cancelled == [f"{M1}/check:guest-agent"]
+    drive.end(f"{M1}/check:guest-agent", Outcome.FAILED)
     drive.end("stage:a/vm:m2/boot")
     drive.end("group:g/clean-up")
     assert drive.verdict is Verdict.FAILED
