@@ -387,8 +387,8 @@ def _stall(log: AckLog, begin_ns: int, end_ns: int) -> float:
     return longest / 1e9
 
 
-def protect(rig: Any, **changes: Any) -> FaultRig:
-    """Put a relay into the link, apply the group and wait until it is live."""
+def protect(rig: Any, *, live: bool = True, **changes: Any) -> FaultRig:
+    """Put a relay into the link, apply the group and wait until it is live (or, without `live`, attached)."""
     state = layout.load(rig.directory)
     assert state is not None
     relay = Relay(("127.0.0.1", state.links["beta"]))
@@ -416,7 +416,8 @@ def protect(rig: Any, **changes: Any) -> FaultRig:
     apply(faults, spec)
     faults.call("alpha", "replicate.start")
     faults.order.start()
-    faults.await_live(180)
+    if live:
+        faults.await_live(180)
     return faults
 
 
