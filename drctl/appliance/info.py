@@ -14,8 +14,8 @@ from drctl import __version__
 from drctl.appliance.client import Client
 from drctl.appliance.config import Home
 from drctl.appliance.libvirt_hook import HOOK_PATH
-from drctl.errors import CertificateRejected, DrctlError
-from drctl.model.extent import GiB, format_bytes
+from drctl.errors import CertificateRejected, DrctlError, OutOfSpace
+from drctl.model.extent import GiB, MiB, format_bytes
 from drctl.model.machine import Machine
 from drctl.replication.identity import certificate_expiry
 
@@ -28,6 +28,8 @@ _RECEIVER_SECONDS = 1.0
 #: Below these a journal or a ring is about to be in trouble.
 STORE_FREE = 2 * GiB
 RUN_FREE = GiB // 4
+#: With less than this nothing is taken any more, or only for moments.
+SPENT = 64 * MiB
 
 
 class InfoHost(Protocol):
@@ -79,10 +81,11 @@ def _space_findings(space: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     limits = {"store": (STORE_FREE, "the journal"), "run": (RUN_FREE, "the rings")}
     return [
         _finding(
-            "warning",
+            "error" if space[name]["free"] < SPENT else "warning",
             str(space[name]["path"]),
             f"{format_bytes(space[name]['free'])} free for {what}",
             "make room, or lower journal_limit or ring_size",
+            OutOfSpace.slug if space[name]["free"] < SPENT else "",
         )
         for name, (limit, what) in limits.items()
         if space[name]["free"] < limit
