@@ -118,7 +118,7 @@ class Passes:
             except DrctlError as exc:
                 log.info("%s: reader's export not closed: %s", machine, exc.message)
         for server in servers:
-            self._processes.end(server)
+            self._processes.end(server, force=True)  # it only reads; and a guest that starts may be waiting for us
 
     def _server_name(self, disk: DiskState) -> str:
         return f"export-{self._group}-{disk.number}"
