@@ -79,13 +79,13 @@ def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
     return 3 if any(row["problem"] for row in rows) else 0
 
 
-@app.command(
-    epilog=examples("drctl appliance bundle drctl-wheels", "drctl appliance install alpha1 --bundle drctl-wheels")
-)
+@app.command(epilog=examples("drctl appliance bundle drctl-wheels", "drctl appliance bundle new --wheels wheels-3.13"))
 def bundle(
     ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; must not hold another.")],
     wheels: WheelDir = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Put the wheels that appliances are installed from into a directory, with a list of their checksums.
 
@@ -96,6 +96,8 @@ def bundle(
     assert isinstance(context, Context)
     if directory.exists() and any(directory.iterdir()):
         raise Refused(f"{directory} is not empty", hint="name a new directory")
+    if not propose(context.screen, [f"put the wheels of drctl into {directory}"], dry_run=dry_run, yes=yes):
+        return
     made = make_bundle(directory, wheels)
     context.screen.line(f"{directory}: {_describe(made)}")
 
@@ -143,6 +145,7 @@ def uninstall(
     ] = False,
     typed: Annotated[str, typer.Option("--confirm", metavar="HOST", help="The host's name, typed before.")] = "",
     dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Not enough here: the host's name has to be typed.")] = False,
 ) -> None:
     """Remove an appliance and everything of it from a host.
 
@@ -151,6 +154,7 @@ def uninstall(
     from drctl.appliance.install import campaign, preflight
     from drctl.appliance.install.removal import demand_empty
 
+    del yes
     context = begin(ctx)
     [target] = _targets(context, [context.config.host(host)])
     preflight.demand(campaign.survey([target], None))

@@ -30,8 +30,8 @@ name = "{site}1"
 site = "{site}"
 kind = "libvirt"
 uri = "qemu:///system"
-# Where this host's appliance is spoken to: a unix socket on this machine.
-control = "unix:/run/drctl/{site}1/control.sock"
+# How it is reached: as root, or as somebody whose sudo asks no password. Its key must be in known_hosts.
+ssh = "root@{site}1.example"
 # Where the other site's appliances reach this one, ADDRESS:PORT.
 link = "{site}1.example:7077"
 """
@@ -76,7 +76,7 @@ def init(
         _authority(authority, ca_passphrase_file)
         file.write_text(text, "utf-8")
         load_config(file)
-        context.screen.line(f"{file}: name your hosts there, then: drctl --config {directory} doctor")
+        context.screen.line(f"{file}: name your hosts there, then: drctl --config {directory} appliance install HOST")
 
 
 def _authority(directory: Path, passphrase_file: Path | None) -> None:

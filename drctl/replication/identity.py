@@ -290,6 +290,11 @@ def _usage(*, certificate_authority: bool) -> x509.KeyUsage:
     )
 
 
+def check_ca(ca_dir: Path, passphrase: bytes | None = None) -> None:
+    """Raise SetupFailed when nothing can be signed with the CA's key."""
+    _load_ca(ca_dir, passphrase)
+
+
 def _load_ca(ca_dir: Path, passphrase: bytes | None) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     certificate = x509.load_pem_x509_certificate((ca_dir / "ca.pem").read_bytes())
     sealed = (ca_dir / "ca-key.pem").read_bytes()

@@ -32,21 +32,33 @@ def stop() -> None:
 
 def start() -> None:
     unit = UNIT.read_text()
-    found = {key: re.search(f"^{key}=(.*)$", unit, re.M)[1] for key in ("ExecStart", "User", "RuntimeDirectory", "RuntimeDirectoryMode")}
+    found = {
+        key: re.search(f"^{key}=(.*)$", unit, re.M)[1]
+        for key in ("ExecStart", "User", "RuntimeDirectory", "RuntimeDirectoryMode")
+    }
     user = pwd.getpwnam(found["User"])
     run = pathlib.Path("/run") / found["RuntimeDirectory"]
     run.mkdir(exist_ok=True)
     os.chown(run, user.pw_uid, user.pw_gid)
     run.chmod(int(found["RuntimeDirectoryMode"], 8))
-    argv = ["setpriv", "--reuid", user.pw_name, "--regid", str(user.pw_gid), "--init-groups", *found["ExecStart"].split()]
+    argv = [
+        "setpriv",
+        "--reuid",
+        user.pw_name,
+        "--regid",
+        str(user.pw_gid),
+        "--init-groups",
+        *found["ExecStart"].split(),
+    ]
     with open("/run/stub/log", "ab") as log:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
+        )
     (STATE / "pid").write_text(str(process.pid))
 
 
-STATE.mkdir(exist_ok=True)
-with open("/run/stub/calls", "a") as calls:
-    calls.write(" ".join(sys.argv[1:]) + "\n")
+if os.geteuid() == 0:
+    STATE.mkdir(exist_ok=True)
 words = [word for word in sys.argv[1:] if not word.startswith("--")]
 match words:
     case ["is-active", "drctl-appliance"]:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from drctl.errors import IntegrityError, PreconditionFailed
 from drctl.model.site import Host
-from drctl.replication.identity import PASSPHRASE, read_passphrase, sign_request
+from drctl.replication.identity import PASSPHRASE, check_ca, read_passphrase, sign_request
 from drctl.store import atomic
 
 FILE = "appliances.json"
 
 
 class Roster:
-    """The CA's directory, and the UUIDs given out. A UUID, once given, stays the host's."""
+    """The CA's directory, and the UUIDs given out. A UUID, once given, stays the host's.
+
+    Raises PreconditionFailed without a CA, SetupFailed when its key can't be used."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -25,6 +27,7 @@ class Roster:
                 f"{directory} has no certificate authority",
                 hint="drctl init DIR makes one; its key must be here to install",
             )
+        check_ca(directory, _passphrase())  # told before any host is changed
 
     @property
     def ca(self) -> bytes:
@@ -40,21 +43,18 @@ class Roster:
                 atomic.write_json(self._directory / FILE, known | new)
             return known | new
 
-    def forget(self, host: str) -> None:
-        """The host's appliance is gone: its UUID is never given again."""
-        with atomic.lock(self._directory / f"{FILE}.lock"):
-            known = self._read()
-            if known.pop(host, None):
-                atomic.write_json(self._directory / FILE, known)
-
     def sign(self, request: str, appliance: str) -> str:
         """A certificate for a host's own request. Raises CertificateRejected, SetupFailed (the key's passphrase)."""
-        file = os.environ.get(PASSPHRASE)
-        passphrase = read_passphrase(Path(file)) if file else None
-        return sign_request(self._directory, request.encode(), appliance, passphrase=passphrase).decode()
+        return sign_request(self._directory, request.encode(), appliance, passphrase=_passphrase()).decode()
 
     def _read(self) -> dict[str, str]:
         known = atomic.read_json(self._directory / FILE) or {}
         if not isinstance(known, dict):
             raise IntegrityError(f"{self._directory / FILE} is not a JSON object")
         return known
+
+
+def _passphrase() -> bytes | None:
+    """What the operator's environment names a file for. Raises SetupFailed when there is none in it."""
+    file = os.environ.get(PASSPHRASE)
+    return read_passphrase(Path(file)) if file else None
