@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -60,6 +60,22 @@ class _Seen:
     #: When attestation may be asked for again.
     attest_due: float = 0.0
     attested: str = ""
+
+    def look(self, host: SourceHost, names: Iterable[str], *, anew: bool) -> list[Machine]:
+        """The machines; their disks may be some seconds old, unless `anew`."""
+        if anew or time.monotonic() - self.machines_at > MACHINES_SECONDS or not self.machines:
+            self.machines = [host.machine(name) for name in names]
+            self.machines_at = time.monotonic()
+        else:
+            self.machines = [replace(machine, state=host.state(machine.name)) for machine in self.machines]
+        return self.machines
+
+    def unattested(self, attest: Callable[[], str]) -> str:
+        """Why a mark would not be attested now. The shipper hears it at each mark; this is for people."""
+        if time.monotonic() >= self.attest_due or self.attested:
+            self.attest_due = time.monotonic() + ATTEST_SECONDS
+            self.attested = attest()
+        return self.attested
 
 
 class Protection:
@@ -228,14 +244,7 @@ class Protection:
 
     def _look_at_machines(self, *, anew: bool = False) -> list[Machine]:
         """Raises HostUnreachable, or NotFound when a machine of the group is gone."""
-        now = time.monotonic()
-        if anew or now - self._seen.machines_at > MACHINES_SECONDS or not self._seen.machines:
-            self._seen.machines = [self._host.machine(name) for name in self._state.spec.machines]
-            self._seen.machines_at = now
-        else:
-            known = self._seen.machines
-            self._seen.machines = [replace(machine, state=self._host.state(machine.name)) for machine in known]
-        return self._seen.machines
+        return self._seen.look(self._host, self._state.spec.machines, anew=anew)
 
     def _take_autostart(self) -> None:
         """Whether a guest starts at the host's boot is decided by the boot guard from now on."""
@@ -338,20 +347,12 @@ class Protection:
             self._settle("the ring was full; dropped blocks are read again")
         elif not self.worker.ordered():
             self._settle(self.tapping.prove(self._state, self._seen.machines))
-        elif why := self._unattested():
+        elif why := self._seen.unattested(self.attest):
             self._leave_live()
             self._say(why)
         else:
             self._settle(reason)
             self._arrive()
-
-    def _unattested(self) -> str:
-        """Why a mark would not be attested now. The shipper hears it at each mark; this is for people."""
-        now = time.monotonic()
-        if now >= self._seen.attest_due or self._seen.attested:
-            self._seen.attest_due = now + ATTEST_SECONDS
-            self._seen.attested = self.attest()
-        return self._seen.attested
 
     def _arrive(self) -> None:
         if self._state.phase in (Phase.SYNCING, Phase.CATCHING_UP):

@@ -86,18 +86,13 @@ class Sink:
     def poll(self, now: int) -> bool:
         return False
 
-    def order_lost(self, reason: OrderReason) -> None:
-        pass
+    def order_lost(self, reason: OrderReason) -> None: ...
+    def disconnected(self, disk: int) -> None: ...
+    def ended(self, disk: int, *, goodbye: bool) -> None: ...
 
     def connected(self, disk: int) -> int:
         self._connections += 1
         return self._connections
-
-    def disconnected(self, disk: int) -> None:
-        pass
-
-    def ended(self, disk: int, *, goodbye: bool) -> None:
-        pass
 
 
 class Bell:
