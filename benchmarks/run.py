@@ -21,6 +21,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("tap", (), ("--rounds", "2", "--seconds", "1")),
     ("pipeline", (), ("--seconds", "10")),
     ("first_sync", (), ()),
+    ("resync", (), ()),
     ("memory", (), ()),
     ("view_read", (), ()),
     ("view", (), ("--records", "2000000")),

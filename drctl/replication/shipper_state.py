@@ -38,6 +38,7 @@ class LinkStatus:
     error: dict[str, Any] | None = None
     since_wall_ns: int = 0
     sent_bytes: int = 0
+    received_bytes: int = 0
     connections: int = 0
 
     def change(self, state: LinkState, error: DrctlError | None = None) -> None:
@@ -146,6 +147,7 @@ def status(state: ShipperState) -> dict[str, Any]:
             "since_wall_ns": state.link.since_wall_ns,
             "peer": config.peer,
             "sent_bytes": state.link.sent_bytes,
+            "received_bytes": state.link.received_bytes,
             "connections": state.link.connections,
             "offset_ms": state.clock.offset_ns / 1e6 if state.clock.known else None,
             "round_trip_ms": state.clock.round_trip_ns / 1e6 if state.clock.known else None,

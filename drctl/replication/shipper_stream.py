@@ -59,6 +59,7 @@ class StreamSender:
         self._pings: dict[int, tuple[int, int]] = {}
         self._heard = time.monotonic()
         self._signature_key = b""
+        self._received = 0
 
     async def run(self, stands: Callable[[], None]) -> None:
         """`stands` is called after WELCOME. Raises Refused, ApplianceUnreachable, ProtocolViolation, WrongPhase,
@@ -216,6 +217,9 @@ class StreamSender:
     async def _hear(self) -> None:
         while messages := await self._connection.receive():
             self._heard = time.monotonic()
+            count = self._connection.received_bytes
+            self._state.link.received_bytes += count - self._received
+            self._received = count
             for message in messages:
                 self._take(message)
         raise ApplianceUnreachable("the receiver closed the connection")

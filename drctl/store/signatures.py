@@ -351,7 +351,7 @@ def _advance(root: Path, found: SignatureMap, info: GroupInfo) -> None:
 
 
 def verify_signatures(root: Path) -> Iterator[tuple[int, list[str]]]:
-    """Compare the newest content with its signatures: (bytes read, what is wrong) piece by piece. This is for the bases,
+    """Compare the newest content with its signatures: (bytes read, what is wrong) piece by piece. It is for the bases,
     which have no checksums."""
     if not any((root / "signatures").glob("*.map")):
         return
