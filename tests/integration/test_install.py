@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from drctl.appliance.install import bundle as bundles
 from drctl.appliance.install.preflight import Place, look
 from drctl.appliance.install.session import agent_session
 from drctl.cli.app import run
@@ -205,7 +206,7 @@ def _from_nothing_and_back(rig: HostRig) -> None:
     # A guest of the system's libvirt, whose QEMU runs as libvirt-qemu, is mirrored to a tap of the user drctl.
     rig.run(GUEST)
     assert '"state": "attached"' in rig.run(f"sleep 3; {_call('group.status', group='g', role='source')}")
-    tap = rig.run("pgrep -f drctl.replication.tap")
+    tap = rig.run("pgrep -f [d]rctl.replication.tap")
     refused = drctl(rig, "appliance", "uninstall", "a1", "--confirm", "a1")
     assert (refused.returncode, "a1 protects g" in refused.stderr) == (14, True)
 
@@ -215,24 +216,42 @@ def _from_nothing_and_back(rig: HostRig) -> None:
         f"kill -9 {main.strip()}; for i in $(seq 100); do drctl group list >/dev/null 2>&1 && exit 0; sleep 0.3; done; exit 1"
     )
     assert rig.run("systemctl show -p MainPID --value drctl-appliance") != main
-    rig.run(
-        "echo >> $(ls -d /opt/drctl/versions/*)/complete; ln -sfn $(mv /opt/drctl/versions/* /opt/drctl/versions/0-old && echo /opt/drctl/versions/0-old) /opt/drctl/current"
-    )
-    upgraded = drctl(rig, "appliance", "upgrade", "a1", "--yes")
+    newer = str(_newer_bundle(rig.share / "newer"))
+    upgraded = drctl(rig, "appliance", "upgrade", "a1", "--yes", "--bundle", newer)
     assert upgraded.returncode == 0, upgraded.stderr
-    assert rig.run("pgrep -f drctl.replication.tap") == tap
+    assert "1 taps or views still run" in upgraded.stderr
+    assert len(rig.run("ls /opt/drctl/versions").split()) == 2
+    assert rig.run("pgrep -f [d]rctl.replication.tap") == tap
     assert '"state": "attached"' in rig.run(f"sleep 3; {_call('group.status', group='g', role='source')}")
 
     rig.run(f"{_call('replicate.stop', group='g')}; {_call('group.remove', group='g')}")
     gone = drctl(rig, "appliance", "uninstall", "a1", "--confirm", "a1")
     assert gone.returncode == 0, gone.stderr
     assert rig.run(FIND) == before
-    assert rig.run("pgrep -c -f drctl.appliance || true; getent passwd drctl || true; virsh list --name").split() == [
+    assert rig.run("pgrep -c -f '[d]rctl.appliance' || true; getent passwd drctl || true; virsh list --name").split() == [
         "0",
         "g1",
     ]
     again = drctl(rig, "appliance", "uninstall", "a1", "--confirm", "a1")
     assert "already removed" in again.stdout
+
+
+def _newer_bundle(directory: Path) -> Path:
+    """The bundle of this drctl, with one more file in drctl's own wheel: another version as far as a host sees."""
+    import json
+    import zipfile
+
+    made = bundles.make_bundle(directory)
+    [wheel] = [wheel for wheel in made.wheels if wheel.project == "drctl"]
+    with zipfile.ZipFile(directory / wheel.name, "a") as archive:
+        archive.writestr("drctl/newer.txt", "newer")
+    listing = json.loads((directory / bundles.LIST).read_text())
+    data = (directory / wheel.name).read_bytes()
+    for row in listing["wheels"]:
+        if row["name"] == wheel.name:
+            row |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (directory / bundles.LIST).write_text(json.dumps(listing))
+    return directory
 
 
 def _call(method: str, **params: object) -> str:
@@ -253,7 +272,7 @@ cat > /tmp/g1.xml <<END
 END
 virsh --quiet define /tmp/g1.xml
 virsh --quiet start g1
-[ "$(ps -o user= -C qemu-system-x86_64)" = libvirt+ ]
+[ "$(stat -c %U /proc/$(pgrep -o qemu-system))" = libvirt-qemu ]
 {_call("group.put", spec={"name": "g", "source": "alpha", "recovery": "beta", "machines": ["g1"], "source_host": "a1", "recovery_host": "b1", "ring_size": 16777216})}
 {_call("replicate.start", group="g")}
 """
