@@ -283,7 +283,9 @@ class Installation:
                 continue
             users = self._ask("processes", needle=f"{path}/")
             if users:
-                self.outcome.notes.append(f"{len(users)} taps or views still run {name}; they go on until they end")
+                self.outcome.notes.append(
+                    f"{len(users)} processes (taps, views) still run {name}, and go on until they end"
+                )
             elif self._upgrade and self._ask("remove", path=path):
                 self._changed(f"{path} removed")
 

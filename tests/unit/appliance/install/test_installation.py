@@ -114,7 +114,7 @@ def test_install_keeps_the_version_that_runs_and_upgrade_switches(world: World, 
     outcome = world.run(upgrade=True)
     assert "restarted" in outcome.changes
     assert [child[0] for child in world.host.children] == [7, 9]
-    assert "1 taps or views still run" in outcome.notes[0]
+    assert "1 processes (taps, views) still run" in outcome.notes[0]
     assert world.host.at(f"{versions}/{old.identity}").exists()
     world.host.children = []
     assert world.run(upgrade=True).changes == [f"{versions}/{old.identity} removed"]
