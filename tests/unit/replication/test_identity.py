@@ -182,9 +182,8 @@ def test_init_seals_the_key_with_the_passphrase_of_a_file(tmp_path, monkeypatch)
     file.write_text("correct horse\n")
     assert run(["init", str(tmp_path / "dr"), "--ca-passphrase-file", str(file), "--yes"]) == 0
     request = identity.make_request(tmp_path / "tls", ALPHA).decode()
-    roster = Roster(tmp_path / "dr" / "ca")
     monkeypatch.delenv(identity.PASSPHRASE, raising=False)
     with pytest.raises(SetupFailed, match="is encrypted"):
-        roster.sign(request, ALPHA)
+        Roster(tmp_path / "dr" / "ca")
     monkeypatch.setenv(identity.PASSPHRASE, str(file))
-    assert "BEGIN CERTIFICATE" in roster.sign(request, ALPHA)
+    assert "BEGIN CERTIFICATE" in Roster(tmp_path / "dr" / "ca").sign(request, ALPHA)
