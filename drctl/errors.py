@@ -25,7 +25,8 @@
     ├── StepFailed               40
     ├── Interrupted              41
     ├── PreconditionFailed       42
-    └── SetupFailed              43   the machine lacks something drctl needs
+    ├── SetupFailed              43   the machine lacks something drctl needs
+    └── CleanUpFailed            44   what a run made could not all be removed or undone
 
 Codes are unique per class, never reused; an unknown code must be read as failure.
 """
@@ -249,3 +250,10 @@ class SetupFailed(DrctlError):
 
     exit_code = 43
     slug = "setup-failed"
+
+
+class CleanUpFailed(DrctlError):
+    """What a run made could not all be removed or undone; what is left is in the message."""
+
+    exit_code = 44
+    slug = "clean-up-failed"

@@ -58,6 +58,8 @@ COMMANDS = {
     "test": Entry("test", "Boot a group in isolation, while replication goes on."),
     "failover": Entry("failover", "Recover a group at the other site after a disaster."),
     "switchover": Entry("switchover", "Move a group to its recovery site without loss."),
+    "plan": Entry("plan", "Recipes of a recovery: check, show and run them."),
+    "run": Entry("run", "Executions of plans, as their records tell them."),
     "commit": Entry("commit", "Make a failover or switchover final: its disks stand alone afterwards."),
     "rollback": Entry("rollback", "Undo a failover or switchover that is not committed."),
     "lab": Entry("lab", "Two real libvirt sites on this machine, to try everything."),

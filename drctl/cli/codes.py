@@ -60,6 +60,7 @@ _ADVICE = {
     "step-failed": "A step did not succeed; what was done before is in the message; the command can be given again.",
     "interrupted": "You stopped it. Nothing, or what the message says, was done.",
     "precondition-failed": "Something is not as it has to be; nothing was done. The message names it.",
+    "clean-up-failed": "Look for what is left: drctl test list; remove it: drctl test stop ID.",
     "setup-failed": "This machine lacks a package, a version or a permission; the message names it.",
 }
 

@@ -17,6 +17,8 @@ from drctl.cli.codes import all_codes
 _FILES = (
     ("drctl.toml", "Sites, hosts and defaults; see docs/configuration.md for every key."),
     ("groups/NAME.toml", "One protection group each, beside drctl.toml."),
+    ("plans/NAME.toml", "One plan each; see docs/plans.md for every key."),
+    ("runs/RUN.jsonl", "The record of one run of a plan."),
     ("/var/lib/drctl", "The home of this host's appliance."),
     ("~/.local/state/drctl/errors.log", "Tracebacks of unexpected errors."),
 )

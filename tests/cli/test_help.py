@@ -21,15 +21,15 @@ MAN = Path(__file__).parents[2] / "man"
 READING = {
     "status", "history", "explain", "doctor", "site list", "site show", "host list", "host show", "vm list", "vm show",
     "appliance list", "group list", "group show", "checkpoint list", "checkpoint show", "checkpoint verify", "test list",
-    "lab status",
+    "lab status", "plan list", "plan validate", "plan show", "run list", "run show", "run verify",
 }  # fmt: skip
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
     "replicate stop", "resync", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "switchover", "commit",
-    "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "lab up", "lab down",
+    "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "plan run", "lab up", "lab down",
 }  # fmt: skip
 #: For other programs: a service, a monitoring plugin and a scraper know no --output.
-SERVICE = {"appliance run", "check", "metrics"}
+SERVICE = {"appliance run", "check", "metrics", "plan schema"}
 
 
 def commands() -> dict[str, object]:

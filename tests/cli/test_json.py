@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from drctl.store.run_log import RunLog
 from tests.cli.appliance import NOW
 
 DOCS = Path(__file__).parents[2] / "docs" / "json.md"
@@ -49,6 +50,21 @@ KEPT = {"machine": str, "target": str, "written_bytes": int, "overlay": str}
 ENTRY = {"host": str, "time": NUMBER, "user": str, "method": str, "group": str, "outcome": str, "detail": str}
 FINDING = {"severity": str, "subject": str, "message": str, "hint": str, "error": str}
 CHANGE = {"group": str, "role": str, "host": str, "action": str, "differences": list}
+PLAN = {
+    "plan": str, "description": str, "groups": list, "stages": (int, NONE), "machines": (int, NONE), "file": str, "problem": str,
+}  # fmt: skip
+STEPS = {
+    "plan": str, "description": str, "mode": str, "groups": list, "time_limit_seconds": NUMBER,
+    "rto_target_seconds": (*NUMBER, NONE), "steps": list,
+}  # fmt: skip
+STEP = {
+    "id": str, "kind": str, "text": str, "after": list, "stage": str, "group": str, "machine": str,
+    "time_limit_seconds": (*NUMBER, NONE), "on_failure": str, "part": str,
+}  # fmt: skip
+RUN = {
+    "run": str, "plan": (str, NONE), "mode": (str, NONE), "state": str, "began": (*NUMBER, NONE), "ended": (*NUMBER, NONE),
+    "operator": (str, NONE), "failed": (int, NONE), "file": str,
+}  # fmt: skip
 LISTED = {"group": str, "machines": list, "source": (str, NONE), "recovery": (str, NONE), "state": str, "file": bool}
 
 #: command line → (kind, fields of the document, field that holds rows or one object, that one's fields)
@@ -106,6 +122,65 @@ CONTRACT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         KEPT,
     ),
     "apply --dry-run": ("apply", {"dry_run": bool, "changes": list}, "changes", CHANGE),
+    "plan list": ("plans", {"plans": list}, "plans", PLAN),
+    "plan show web": ("plan", STEPS, "steps", STEP),
+    "plan validate web": (
+        "plan-validation",
+        {"offline": bool, "plans": list, "unreachable": list},
+        "plans",
+        {"plan": str, "file": str, "ok": bool, "findings": list},
+    ),
+    "plan run web --mode test --dry-run": (
+        "plan-run-plan",
+        {**STEPS, "checkpoint": str, "forecast": dict, "findings": list},
+        "steps",
+        STEP,
+    ),
+    "plan run web --mode test --yes": (
+        "plan-run",
+        {
+            "run": str,
+            "plan": str,
+            "mode": str,
+            "verdict": str,
+            "why": str,
+            "rto_seconds": (*NUMBER, NONE),
+            "rto_target_seconds": (*NUMBER, NONE),
+            "steps": list,
+            "head": str,
+        },
+        "steps",
+        {"id": str, "outcome": (str, NONE), "seconds": (*NUMBER, NONE), "reason": str},
+    ),
+    "run list": ("runs", {"runs": list}, "runs", RUN),
+    "run show r1": (
+        "run",
+        {**RUN, "why": str, "facts": dict, "steps": list},
+        "steps",
+        {
+            "id": str,
+            "begun": NUMBER,
+            "outcome": (str, NONE),
+            "seconds": (*NUMBER, NONE),
+            "reason": str,
+            "output": str,
+            "attempts": int,
+        },
+    ),
+    "run verify r1": (
+        "run-verification",
+        {
+            "run": str,
+            "sound": bool,
+            "lines": int,
+            "broken_line": (int, NONE),
+            "problem": str,
+            "head": str,
+            "torn_bytes": int,
+        },
+        "",
+        {},
+    ),
     "history": ("history", {"entries": list}, "entries", ENTRY),
     "doctor": ("doctor", {"findings": list}, "findings", FINDING),
 }
@@ -117,6 +192,18 @@ def check(value: dict[str, Any], fields: dict[str, Any], where: str) -> None:
         assert isinstance(value[name], kinds), f"{where}.{name} is {value[name]!r}"
 
 
+def plan_and_run(world) -> None:
+    """A plan that passes, and the record of a run of it."""
+    world.alpha.machines[0]["disks"] = world.alpha.machines[0]["disks"][:1]
+    (world.directory / "plans").mkdir()
+    (world.directory / "plans/web.toml").write_text(
+        'plan = "web"\ngroups = ["web"]\n[[stage]]\nname = "all"\nall_of = ["web"]\n'
+    )
+    with RunLog.create(world.directory / "runs/r1.jsonl") as log:
+        log.append({"event": "run", "run": "r1", "plan": "web", "mode": "test"}, NOW)
+        log.append({"event": "begin", "step": "group:web/recover"}, NOW)
+
+
 @pytest.mark.parametrize("line", CONTRACT)
 def test_documents(world, line: str) -> None:
     kind, fields, rows, inner = CONTRACT[line]
@@ -124,6 +211,8 @@ def test_documents(world, line: str) -> None:
         world.applied()
     world.beta.tests = [world.beta.call("test.start", {"group": "web"})]
     world.alpha.machines[0]["disks"].append({**world.alpha.machines[0]["disks"][0], "target": "vdb"})
+    if line.startswith(("plan", "run")):
+        plan_and_run(world)
     if line.startswith(("commit", "rollback")):
         world.beta.call("failover.run", {"group": "web"})
     result = world(*line.split(), "--output", "json")

@@ -89,3 +89,12 @@ def test_every_key_that_is_read_is_in_the_schema() -> None:
     known = {key for table in tables for key in table["properties"]}
     assert read - {"run"} <= known
     assert known - read <= {"commit_after", "rollback_after", "run", "modes", "on_failure"}
+
+
+def test_every_key_is_documented_and_the_documented_plan_is_one() -> None:
+    text = (Path(__file__).parents[3] / "docs/plans.md").read_text("utf-8")
+    tables = [SCHEMA, *SCHEMA["$defs"].values()]
+    for key in {key for table in tables for key in table["properties"]} - {"stage", "vm", "check", "script", "manual"}:
+        assert re.search(rf"`{key}`", text), key
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert [stage.name for stage in parse_plan(block).stages] == ["database", "front"]

@@ -1,0 +1,149 @@
+"""`drctl run`: what became of each execution of a plan."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from drctl.cli import render, runs
+from drctl.cli.options import Format, Output, begin, examples, noun
+from drctl.errors import IntegrityError
+from drctl.plan.output import tame
+from drctl.plan.record import StepRecord
+from drctl.store.run_log import list_runs
+
+app = noun("Executions of plans, as their records tell them.")
+
+
+def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of runs for the shell."""
+    from pathlib import Path
+
+    from drctl.cli.context import Context, Settings
+    from drctl.errors import DrctlError
+
+    named = ctx.find_root().params.get("config")
+    try:
+        names = list_runs(runs.run_directory(Context(Settings(Path(named) if named else None))))
+    except DrctlError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="The run, as drctl run list shows it.", autocompletion=complete_run)
+]
+
+
+@app.command("list", epilog=examples("drctl run list", "drctl run list --last 100 --output json"))
+def list_(
+    ctx: typer.Context,
+    last: Annotated[int, typer.Option("--last", metavar="N", min=0, help="The newest so many; 0: all.")] = 30,
+    output: Output = Format.TEXT,
+) -> None:
+    """List the runs whose records are here, oldest first."""
+    context = begin(ctx, output)
+    rows = [runs.as_json(one) for one in runs.look_all(context, last)]
+    if context.screen.as_json:
+        context.document("runs", runs=rows)
+        return
+    columns = ("run", "plan", "mode", "state", "began", "took", "failed")
+    context.screen.table(columns, [_row(one) for one in rows], "no plan was run here yet")
+
+
+def _row(one: dict[str, object]) -> tuple[str, ...]:
+    began, ended = one["began"], one["ended"]
+    took = ended - began if isinstance(began, float) and isinstance(ended, float) else None
+    return (
+        str(one["run"]),
+        render.word(one["plan"]),
+        render.word(one["mode"]),
+        str(one["state"]),
+        render.moment(began if isinstance(began, float) else None),
+        render.duration(took),
+        render.word(one["failed"]),
+    )
+
+
+@app.command(
+    epilog=examples(
+        "drctl run show 20260131T021005Z-shop-3f9c",
+        "drctl run show 20260131T021005Z-shop-3f9c --step plan/before:announce",
+    )
+)
+def show(
+    ctx: typer.Context,
+    run: RunName,
+    step: Annotated[str, typer.Option("--step", metavar="ID", help="One step alone, with its whole output.")] = "",
+    output: Output = Format.TEXT,
+) -> None:
+    """Show one run: each step with its outcome, how long it took, and why it failed."""
+    context = begin(ctx, output)
+    found = runs.look(context, run)
+    record = found.record
+    if record is None:
+        raise IntegrityError(f"{found.path} does not begin as a run's record does", hint=f"drctl run verify {run}")
+    steps = [one for one in record.steps.values() if step in ("", one.id)]
+    if context.screen.as_json:
+        told = [_step_json(one) for one in steps]
+        context.document("run", **runs.as_json(found), why=record.why, facts=dict(record.facts), steps=told)
+        return
+    if step:
+        for one in steps:
+            context.screen.line(tame(one.output))
+        return
+    context.screen.facts(
+        [
+            ("run", found.name),
+            ("plan", f"{record.plan}, mode {record.mode}"),
+            ("state", runs.state(found)),
+            ("because", tame(record.why) or "-"),
+            ("began", render.moment(record.began)),
+            ("took", render.duration(runs.seconds(record))),
+            ("operator", render.word(record.facts.get("operator"))),
+            ("record", f"{found.path}, {found.found.lines} lines, head {found.found.head[:16]}"),
+        ]
+    )
+    context.screen.line()
+    rows = [(one.id, one.outcome or "unfinished", render.duration(one.seconds), one.reason or "-") for one in steps]
+    context.screen.table(("step", "outcome", "took", "reason"), rows, "no step was begun")
+
+
+def _step_json(step: StepRecord) -> dict[str, object]:
+    return {
+        "id": step.id,
+        "begun": step.begun,
+        "outcome": step.outcome.value if step.outcome else None,
+        "seconds": step.seconds,
+        "reason": step.reason,
+        "output": step.output,
+        "attempts": step.attempts,
+    }
+
+
+@app.command(epilog=examples("drctl run verify 20260131T021005Z-shop-3f9c --output json"))
+def verify(
+    ctx: typer.Context,
+    run: RunName,
+    head: Annotated[
+        str, typer.Option("--head", metavar="HASH", help="What its last line's hash has to be, kept elsewhere.")
+    ] = "",
+    output: Output = Format.TEXT,
+) -> None:
+    """Check that no line of a run's record was changed, lost or added in between.
+
+    A record that was rewritten as a whole only --head can tell. Exits with 31 and names the first broken line."""
+    context = begin(ctx, output)
+    found = runs.look(context, run)
+    what = found.found
+    if context.screen.as_json:
+        fields = {"lines": what.lines, "broken_line": what.broken or None, "problem": what.problem, "head": what.head}
+        context.document("run-verification", run=run, sound=what.sound, **fields, torn_bytes=what.torn_bytes)
+    elif what.sound:
+        torn = f"; {what.torn_bytes} bytes of a last line that was never finished" if what.torn_bytes else ""
+        context.screen.line(f"{run}: {what.lines} lines are sound{torn}; head {what.head}")
+    if not what.sound:
+        raise IntegrityError(f"{found.path}: line {what.broken}: {what.problem}", hint="lines before it are sound")
+    if head and head != what.head:
+        raise IntegrityError(f"{found.path}: its head is {what.head}, not {head}", hint="lines were added or rewritten")

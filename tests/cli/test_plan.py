@@ -1,0 +1,370 @@
+"""Plans and runs on the command line: found, checked, shown, carried out as drills, recorded and told."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from drctl.cli.app import app as program
+from drctl.errors import ApplianceUnreachable
+from tests.cli.appliance import machine, recovery
+
+PLAN = """\
+plan = "web"
+description = "the shop"
+groups = ["web"]
+rto_target = "1h"
+[[script]]
+when = "before"
+run = ["/bin/sh", "-c", "echo $DRCTL_MODE $DRCTL_RUN; printf '\\\\033[2J'"]
+[[stage]]
+name = "data"
+[[stage.vm]]
+name = "db"
+[[stage.vm.check]]
+kind = "command"
+run = ["/bin/sh", "-c", "test $DRCTL_VM = db"]
+interval = "100ms"
+retries = 2
+[[stage]]
+name = "front"
+after = ["data"]
+all_of = ["web"]
+"""
+
+
+@pytest.fixture
+def plans(world):
+    (world.directory / "plans").mkdir()
+    write(world, PLAN)
+    return world.applied()
+
+
+def write(world, text: str, name: str = "web") -> None:
+    (world.directory / "plans" / f"{name}.toml").write_text(text)
+
+
+def runs_of(world) -> list[dict]:
+    return world("run", "list", "-o", "json").json["runs"]
+
+
+def test_list(plans) -> None:
+    write(plans, "plan = 'bad'", "bad")
+    result = plans("plan", "list")
+    assert result.code == 0
+    assert [line.split()[0] for line in result.out.splitlines()] == ["PLAN", "bad", "web"]
+    rows = plans("plan", "list", "-o", "json").json["plans"]
+    assert [(row["plan"], row["stages"], bool(row["problem"])) for row in rows] == [
+        ("bad", None, True),
+        ("web", 2, False),
+    ]
+
+
+def test_a_plan_that_could_be_carried_out(plans) -> None:
+    result = plans("plan", "validate")
+    assert result.code == 0
+    assert result.out.splitlines()[0] == "web: 2 warnings"
+    assert "all machines of 'web' boot at once" in result.out
+    assert "no drill of 'web' has passed here yet" in result.out
+
+
+def test_files_alone_ask_nobody(plans) -> None:
+    plans.alpha.down = plans.beta.down = True
+    result = plans("plan", "validate", "web", "--offline")
+    assert (result.code, result.out) == (0, "web: ok\n")
+
+
+def test_every_mistake_in_every_file_is_told_with_its_line(plans) -> None:
+    write(plans, PLAN.replace('kind = "command"', 'kind = "comand"').replace("rto_target", "rto_traget"))
+    write(plans, "plan = 'other'\ngroups = []", "other")
+    result = plans("plan", "validate", "--offline", "-o", "json")
+    assert result.code == 10
+    lines = {row["plan"]: [found["line"] for found in row["findings"]] for row in result.json["plans"]}
+    assert lines == {"other": [2], "web": [4, 13]}
+    (near,) = [found for found in result.json["plans"][1]["findings"] if found["line"] == 4]
+    assert near["hint"] == "did you mean 'rto_target'?"
+
+
+def edit_disks(world) -> None:
+    world.alpha.machines[0] = machine("db", "vda", "vdb")
+
+
+def refuse_disk(world) -> None:
+    world.alpha.machines[0]["disks"][0]["refusal"] = "is shared with another machine"
+
+
+def remove_machine(world) -> None:
+    world.alpha.machines = world.alpha.machines[1:]
+
+
+def unprotect(world) -> None:
+    world.alpha.phases["web"] = "unprotected"
+
+
+def empty_store(world) -> None:
+    world.beta.checkpoints = []
+
+
+def name_taken(world) -> None:
+    plan = world.beta.call("failover.plan", {"group": "web"})
+    finding = {
+        "severity": "error",
+        "subject": "db",
+        "message": "the host has a machine named db already",
+        "hint": "rename",
+    }
+    world.beta.replies["failover.plan"] = plan | {"findings": [finding]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit_disks, "web.toml:3: disk vdb of 'db' is not replicated"),
+        (refuse_disk, "'db' can't be replicated whole: vda: is shared with another machine"),
+        (remove_machine, "machine 'db' is not on its source host"),
+        (unprotect, "group 'web' is unprotected: nothing can be recovered (drctl replicate start web)"),
+        (empty_store, "group 'web' has no restorable checkpoint"),
+        (name_taken, "db: the host has a machine named db already (rename)"),
+    ],
+)
+def test_what_is_not_as_the_plan_needs_it_is_42(plans, change, message: str) -> None:
+    change(plans)
+    result = plans("plan", "validate", "web")
+    assert result.code == 42
+    assert f"error: {plans.directory}/plans/web.toml:3: " in result.out
+    assert message in result.out
+    drill = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert (drill.code, plans.beta.called("test.start"), runs_of(plans)) == (42, [], [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('groups = ["web"]', 'groups = ["web", "wep"]', "web.toml:3: there is no group 'wep' (did you mean 'web'?)"),
+        ('name = "db"', 'name = "db1"', "web.toml:10: machine 'db1' is not in group 'web' (did you mean 'db'?)"),
+        ('all_of = ["web"]', '[[stage.vm]]\nname = "db2"', "machine 'front' of group 'web' is in no stage"),
+        ('name = "db"', 'name = "db"\nmemory = "1 GiB"', "the appliance can't change memory"),
+        ('kind = "command"', 'kind = "command"\nwhere = "guest"', "gives no access to its guest-agent yet"),
+    ],
+)  # fmt: skip
+def test_what_the_plan_says_and_nobody_has(plans, old: str, new: str, message: str) -> None:
+    write(plans, PLAN.replace(old, new, 1).replace('name = "db"\n', 'name = "db"\ngroup = "web"\n'))
+    result = plans("plan", "validate", "web")
+    assert result.code == 42
+    assert message in result.out
+
+
+def test_an_appliance_that_says_nothing_is_no_error_of_the_plan(plans) -> None:
+    plans.alpha.down = True
+    result = plans("plan", "validate", "web")
+    assert result.code == 3
+    assert "no answer from a1" in result.err
+    assert "error:" not in result.out
+    plans.alpha.down = False
+    plans.beta.replies["failover.plan"] = ApplianceUnreachable("timed out")
+    assert "no forecast from b1: timed out" in plans("plan", "validate", "web").out
+
+
+def test_junit_of_validate(plans, tmp_path) -> None:
+    edit_disks(plans)
+    file = tmp_path / "v.xml"
+    assert plans("plan", "validate", "--junit", str(file)).code == 42
+    root = ET.fromstring(file.read_text())
+    assert (root.get("tests"), root.get("failures")) == ("3", "1")
+    cases = {case.get("name"): case.find("failure") for case in root.iter("testcase")}
+    assert set(cases) == {"file", "group web", "machine web/db"}
+    assert "vdb" in cases["machine web/db"].get("message")
+    assert plans("plan", "validate", "--junit", "/no/such/place.xml").code == 43
+
+
+def test_names_and_files_of_plans(plans) -> None:
+    assert plans("plan", "show", str(plans.directory / "plans/web.toml")).code == 0
+    missing = plans("plan", "show", "wep")
+    assert (missing.code, "did you mean web?" in missing.err) == (11, True)
+    assert plans("plan", "show", "../groups/web").code == 11
+    assert plans("plan", "show", "none.toml").code == 11
+
+
+def test_show_tells_the_steps_in_order(plans) -> None:
+    out = plans("plan", "show", "web", "--mode", "failover").out
+    lines = [line.strip() for line in out.splitlines()]
+    expected = ["stage data:", "boot db, at most 5m", "stage front, after data:", "boot front, at most 5m"]
+    assert [line for line in lines if line in expected] == expected
+    assert "\\x1b" not in out
+    steps = plans("plan", "show", "web", "-o", "json").json["steps"]
+    assert next(step for step in steps if step["id"] == "stage:front/begin")["after"] == ["stage:data/done"]
+    assert steps[-1]["part"] == "clean-up"
+
+
+def test_schema_is_json(plans) -> None:
+    assert plans("plan", "schema").json["title"] == "drctl plan"
+
+
+def test_dry_run_shows_the_same_steps_and_changes_nothing(plans) -> None:
+    result = plans("plan", "run", "web", "--mode", "failover", "--dry-run")
+    assert result.code == 0
+    assert "fail over web, as of latest: db, front" in result.out
+    assert "forecast: loss web 4.0 s, time unknown" in result.err
+    document = plans("plan", "run", "web", "--mode", "test", "--dry-run", "-o", "json").json
+    assert document["forecast"] == {"loss_seconds": {"web": 4.0}, "seconds": None, "last_run": None}
+    assert not plans.beta.called("test.start")
+    assert runs_of(plans) == []
+
+
+@pytest.mark.parametrize("mode", ["switchover", "failover"])
+def test_modes_that_are_not_there_yet_say_so(plans, mode: str) -> None:
+    result = plans("plan", "run", "web", "--mode", mode, "--yes")
+    assert result.code == 42
+    assert f"drctl {mode} web" in result.err
+
+
+def test_a_drill_that_passes(plans, tmp_path) -> None:
+    file = tmp_path / "drill.xml"
+    result = plans("plan", "run", "web", "--mode", "test", "-k", "#11", "--yes", "--junit", str(file), "-o", "json")
+    assert (result.code, result.json["verdict"]) == (0, "passed")
+    assert (plans.beta.called("test.start")[0]["checkpoint"], plans.beta.tests) == ("#11", [])
+    root = ET.fromstring(file.read_text())
+    assert (root.get("failures"), root.get("skipped")) == ("0", "0")
+    names = [case.get("name") for case in root.iter("testcase")]
+    assert "see that db runs" in names
+    (row,) = runs_of(plans)
+    assert (row["state"], row["plan"], row["mode"]) == ("passed", "web", "test")
+    shown = plans("run", "show", row["run"], "-o", "json").json
+    script = next(step for step in shown["steps"] if step["id"] == "plan/before:sh")
+    assert script["output"] == f"test {row['run']}\n\\x1b[2J"
+    assert next(step for step in shown["steps"] if "check" in step["id"])["outcome"] == "done"
+    verified = plans("run", "verify", row["run"], "-o", "json").json
+    assert (verified["sound"], verified["head"]) == (True, result.json["head"])
+    assert plans("run", "verify", row["run"], "--head", "0" * 64).code == 31
+    assert "no drill of" not in plans("plan", "validate", "web").out
+    write(plans, PLAN + "# changed\n")
+    assert f"was changed since its last good drill, {row['run']}" in plans("plan", "validate", "web").out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--keep",)])
+def test_a_drill_that_fails_says_what_and_cleans_up(plans, arguments, tmp_path) -> None:
+    write(plans, PLAN.replace("test $DRCTL_VM = db", "echo no luck; exit 9"))
+    result = plans("plan", "run", "web", "--mode", "test", "--yes", "--junit", str(tmp_path / "j.xml"), *arguments)
+    assert result.code == 40
+    assert "failed: stage:data/vm:db/check:command: exited with 9: no luck" in result.err
+    assert len(plans.beta.tests) == len(arguments)
+    root = ET.parse(tmp_path / "j.xml").getroot()
+    assert (root.get("failures"), root.get("skipped")) == ("1", "1")
+    (row,) = runs_of(plans)
+    assert (row["state"], row["failed"]) == ("failed", 1)
+    assert "exited with 9" in plans("run", "show", row["run"]).out
+
+
+def test_a_machine_that_does_not_run(plans) -> None:
+    machines = [{"name": "db", "state": "running"}, {"name": "front", "state": "failed", "reason": "no boot disk"}]
+
+    def start(params, progress):
+        plans.beta.tests.append(recovery("test", "web", state="partly", machines=machines))
+        return plans.beta.tests[-1]
+
+    plans.beta.replies["test.start"] = start
+    result = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert (result.code, plans.beta.tests) == (40, [])
+    assert "stage:front/vm:front/boot: no boot disk" in result.err
+
+
+def test_what_can_not_be_cleaned_up_is_44(plans) -> None:
+    plans.beta.replies["test.stop"] = ApplianceUnreachable("no answer")
+    result = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert result.code == 44
+    assert "not all was cleaned up: group:web/clean-up: no answer" in result.err
+
+
+def test_a_start_without_an_answer_is_looked_for_and_never_guessed(plans) -> None:
+    def start(params, progress):
+        plans.beta.tests.append(recovery("test", "web", id="t7"))
+        raise ApplianceUnreachable("the connection broke")
+
+    plans.beta.replies["test.start"] = start
+    result = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert result.code == 44
+    assert "test t7 of web may be what this run started" in result.err
+    assert plans.beta.called("test.stop") == [], "it may be somebody else's"
+
+
+def test_nobody_is_waited_for_without_a_terminal(plans) -> None:
+    manual = '[[manual]]\nwhen = "before"\ntext = "plug in\\u001b[2J"\n'
+    write(plans, PLAN.replace("[[stage]]", manual + "[[stage]]", 1))
+    result = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert result.code == 40
+    assert "nobody can be asked" in result.err
+    assert not plans.beta.called("test.start")
+    assert plans("plan", "run", "web", "--mode", "test", typed="y\ny\n").code == 0
+    refused = plans("plan", "run", "web", "--mode", "test", typed="y\nn\n")
+    assert (refused.code, "somebody said that it failed" in refused.err) == (40, True)
+    assert "\x1b" not in refused.err
+    write(plans, PLAN.replace("[[stage]]", manual + "skippable = true\n[[stage]]", 1))
+    assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 0
+
+
+def test_without_yes_nothing_is_begun(plans) -> None:
+    assert plans("plan", "run", "web", "--mode", "test").code == 14
+    assert plans("plan", "run", "web", "--mode", "test", typed="n\n").code == 41
+    assert runs_of(plans) == []
+
+
+def test_two_runs_of_a_plan_exclude_each_other(plans) -> None:
+    inner: list[int] = []
+
+    def start(params, progress):
+        inner.append(plans("plan", "run", "web", "--mode", "test", "--yes").code)
+        plans.beta.tests.append(recovery("test", "web"))
+        return plans.beta.tests[-1]
+
+    plans.beta.replies["test.start"] = start
+    assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 0
+    assert inner == [13]
+
+
+def test_runs_that_are_not_there_or_damaged(plans) -> None:
+    assert plans("run", "list").err.endswith("no plan was run here yet\n")
+    assert plans("run", "show", "x").code == 11
+    plans("plan", "run", "web", "--mode", "test", "--yes")
+    (row,) = runs_of(plans)
+    path = plans.directory / "runs" / f"{row['run']}.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].replace('"time":', '"time": ')
+    path.write_text("\n".join(lines) + "\n")
+    broken = plans("run", "verify", row["run"])
+    assert (broken.code, "line 4: it does not follow" in broken.err) == (31, True)
+    assert runs_of(plans)[0]["state"] == "damaged"
+    path.write_text(json.dumps({"n": 1}) + "\n")
+    assert plans("run", "show", row["run"]).code == 31
+
+
+def test_an_unfinished_run_is_told_as_such(plans) -> None:
+    plans("plan", "run", "web", "--mode", "test", "--yes")
+    (row,) = runs_of(plans)
+    path = plans.directory / "runs" / f"{row['run']}.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert runs_of(plans)[0]["state"] == "unfinished"
+    assert "unfinished" in plans("run", "show", row["run"]).out
+
+
+def test_hostile_names_reach_no_terminal(plans) -> None:
+    write(plans, PLAN.replace("the shop", "\\u001b]0;owned\\u0007").replace('["web"]', '["w\\u001b[2J"]'))
+    for arguments in (("plan", "validate", "--offline"), ("plan", "list"), ("plan", "show", "web")):
+        result = plans(*arguments)
+        assert "\x1b" not in result.out + result.err, arguments
+
+
+def test_completion(plans) -> None:
+    import typer
+
+    from drctl.cli.plan import complete_plan
+    from drctl.cli.run import complete_run
+
+    context = typer.Context(typer.main.get_command(program))
+    context.params["config"] = str(plans.directory)
+    assert complete_plan(context, "w") == ["web"]
+    plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert complete_run(context, "2027") == [runs_of(plans)[0]["run"]]
+    context.params["config"] = "/nowhere"
+    assert (complete_plan(context, ""), complete_run(context, "")) == ([], [])
