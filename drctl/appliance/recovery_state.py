@@ -118,7 +118,8 @@ class RecoveryRecord:
     is guarded.
 
     `generation` is the one that it reigns with, 0 for a test; `given_back` the one that a rollback left behind. `boot`
-    is the host's boot when its machines were started: another one means that the host has restarted since."""
+    is the host's boot when its machines were started: another one means that the host has restarted since. `label` is
+    whatever the one who ordered a test knows it by again."""
 
     id: str
     kind: RecoveryKind
@@ -135,6 +136,7 @@ class RecoveryRecord:
     given_back: int = 0
     auto: Auto | None = None
     boot: str = ""
+    label: str = ""
     scratch_limit: int = 0
     view_restarts: int = 0
     times: dict[str, float] = field(default_factory=dict)

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import secrets
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from drctl import __version__
 from drctl.cli import plan_report, plan_show, render, runs
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
-from drctl.cli.junit import Case, Suite, write_junit
-from drctl.cli.person import Person
+from drctl.cli.junit import write_junit
+from drctl.cli.plan_conduct import Conduct, rto
 from drctl.cli.plan_inventory import Stock, from_appliances
 from drctl.cli.plan_site import DrillSite
-from drctl.errors import CleanUpFailed, Interrupted, PreconditionFailed, StepFailed
+from drctl.errors import ConfigInvalid, PreconditionFailed, Refused, WrongPhase
 from drctl.plan.compile import compile_plan
-from drctl.plan.engine import Engine, Verdict
-from drctl.plan.execute import Executed, Execution
+from drctl.plan.engine import Verdict
 from drctl.plan.findings import Finding, Severity, examine
-from drctl.plan.output import tame_line
-from drctl.plan.perform import Performer, Surroundings
+from drctl.plan.inventory import Ending
 from drctl.plan.plan import Mode, Plan
 from drctl.plan.read import load_plan
 from drctl.plan.record import FORMAT, RunRecord, read_record
-from drctl.plan.step import Compiled, Options, Step, StepKind
+from drctl.plan.step import Compiled, Options
 from drctl.store import atomic
 from drctl.store.run_log import RunLog, run_path
 
@@ -92,65 +86,17 @@ class Attempt:
         propose(self.context.screen, steps, dry_run=False, yes=yes, question=question)
         directory = runs.run_directory(self.context)
         atomic.make_directory(directory)
-        holder = f"another run of {self.plan.name} from here"
-        with atomic.lock(directory / f".{self.plan.name}.lock", wait=False, what=holder):
+        with _alone(directory, self.plan.name):
             return self._carry_out(directory, junit)
 
     def _carry_out(self, directory: Path, junit: Path | None) -> int:
         context = self.context
         moment = datetime.fromtimestamp(context.clock.time(), UTC)
         name = f"{moment:%Y%m%dT%H%M%SZ}-{self.plan.name}-{secrets.token_hex(2)}"
-        site = DrillSite(context, self.plan.groups)
-        around = Surroundings(name, self.plan.name, self.compiled.mode, self.path.parent, self._checkpoint())
-        person = Person(context.screen)
+        site = DrillSite(context, self.plan.groups, name)
         with RunLog.create(run_path(directory, name)) as log:
             events = [log.append(self._first(name), context.clock.time())]
-            narrator = Narrator(context, self.compiled)
-
-            def record(event: Mapping[str, Any]) -> None:
-                events.append(log.append(event, context.clock.time()))
-                narrator.tell(event)
-
-            execution = Execution(
-                Engine(self.compiled), Performer(site, person.ask, around), record, context.clock.monotonic
-            )
-            with _stopped_by_sigterm():
-                executed = execution.run()
-            head = log.head
-        outcome = read_record(events)
-        assert outcome is not None
-        if junit is not None:
-            write_junit(junit, [suite(self.compiled, outcome)])
-        return self._finish(outcome, executed, head)
-
-    def _finish(self, record: RunRecord, executed: Executed, head: str) -> int:
-        context = self.context
-        failed = [one for one in record.steps.values() if one.outcome == "failed"]
-        took = rto(record)
-        if context.screen.as_json:
-            context.document(
-                "plan-run",
-                run=record.run,
-                plan=record.plan,
-                mode=record.mode,
-                verdict=executed.verdict.value,
-                why=record.why,
-                rto_seconds=took,
-                rto_target_seconds=self.plan.rto_target or None,
-                steps=[
-                    {"id": one.id, "outcome": one.outcome, "seconds": one.seconds, "reason": one.reason}
-                    for one in record.steps.values()
-                ],
-                head=head,
-            )
-        else:
-            context.screen.line(
-                f"{record.run}: {executed.verdict}, {render.duration(took)} until all was well or ended"
-            )
-        if self.plan.rto_target and took is not None and took > self.plan.rto_target:
-            context.screen.say(f"warning: the RTO target of {render.duration(self.plan.rto_target)} was missed")
-        _raise(record, executed, [f"{one.id}: {one.reason}" for one in failed])
-        return 0
+            return Conduct(context, self.compiled, site, log, events, self.path.parent).run(name, junit)
 
     def _check(self) -> None:
         """Raises PreconditionFailed when it could not be run."""
@@ -201,79 +147,58 @@ class Attempt:
         return ", ".join(f"{name} {render.duration(value)}" for name, value in loss.items())
 
 
-def rto(record: RunRecord) -> float | None:
-    """From the run's beginning until its last step of the way forward ended."""
-    ends = [
-        one.begun + one.seconds
-        for one in record.steps.values()
-        if one.seconds is not None and not one.id.endswith(("/clean-up", "/undo"))
-    ]
-    return max(0.0, max(ends) - record.began) if ends else None
+def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, yes: bool) -> int:
+    """Go on with a run that was killed; the exit codes of a run.
+
+    Raises NotFound, Locked when it goes on somewhere, WrongPhase when it has ended, Refused when its plan is another
+    one by now, IntegrityError when its record is damaged."""
+    directory = runs.run_directory(context)
+    log, events = RunLog.open(run_path(directory, name))
+    with log:
+        record = read_record(events)
+        if record is None:
+            raise WrongPhase(f"{name} was killed before it began anything", hint="begin a new one: drctl plan run")
+        if record.verdict not in ("", Verdict.DIRTY):
+            raise WrongPhase(f"{name} has ended: {record.verdict}", hint=f"drctl run show {name}")
+        plan, path = _same_plan(record)
+        site = DrillSite(context, plan.groups, name)
+        recovered, up = site.standing()
+        progress = replace(record.progress(), recovered=recovered, up=up)
+        stock = from_appliances(context, plan.groups)
+        options = Options(str(record.facts["checkpoint"]), keep=bool(record.facts["keep"]))
+        compiled = compile_plan(plan, stock.known, Mode(record.mode), progress, options)
+        steps = [f"go on with {name}: {_left(compiled)}"]
+        if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question="Go on with it?"):
+            return 0
+        with _alone(directory, plan.name):
+            resumed = {"event": "resumed", "operator": context.settings.operator}
+            events.append(log.append(resumed, context.clock.time()))
+            return Conduct(context, compiled, site, log, events, path.parent).run(name, junit)
 
 
-def _raise(record: RunRecord, executed: Executed, failed: Sequence[str]) -> None:
-    """The error that a verdict is, none for a good one."""
-    hint = f"drctl run show {record.run}"
-    if executed.verdict is Verdict.DIRTY:
-        raise CleanUpFailed(f"{record.run}: not all was cleaned up: {failed[-1]}", hint=f"drctl test list; {hint}")
-    if executed.unrecorded is not None:
-        raise executed.unrecorded
-    if executed.verdict is Verdict.INTERRUPTED:
-        left = "its copies still run: drctl test list" if record.facts.get("keep") else "its copies are removed"
-        raise Interrupted(f"{record.run} was stopped; {left}", hint=hint)
-    if executed.verdict is Verdict.FAILED:
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise StepFailed(f"{record.run} failed: {failed[0] if failed else record.why}{more}", hint=hint)
+def _alone(directory: Path, plan: str) -> AbstractContextManager[int]:
+    """One run of a plan at a time. Raises Locked."""
+    return atomic.lock(directory / f".{plan}.lock", wait=False, what=f"another run of {plan} from here")
 
 
-class Narrator:
-    """Says on stderr what a run does, a line when a step ends."""
-
-    def __init__(self, context: Context, compiled: Compiled) -> None:
-        self._screen = context.screen
-        self._steps = {step.id: step for step in compiled.steps}
-
-    def tell(self, event: Mapping[str, Any]) -> None:
-        step = self._steps.get(str(event.get("step")))
-        if event["event"] == "ending" and event["why"] != "done":
-            self._screen.say(f"  nothing more is begun: {tame_line(str(event['why']))}")
-        elif event["event"] == "end" and step is not None:
-            took = render.duration(event.get("seconds"))
-            reason = event.get("reason") or event.get("seen") or ""
-            words = f"  {tame_line(step.text)}: {event['outcome']}, {took}"
-            self._screen.say(words + (f"; {tame_line(str(reason))}" if reason else ""))
-
-
-def suite(compiled: Compiled, record: RunRecord) -> Suite:
-    """A case per step but gates: by machine where it is one's, else by stage, group or plan."""
-    name = compiled.plan.name
-    return Suite(
-        f"plan run {name} {compiled.mode}",
-        [_case(name, step, record) for step in compiled.steps if step.kind is not StepKind.GATE],
-    )
-
-
-def _case(plan: str, step: Step, record: RunRecord) -> Case:
-    owner = ".".join(part for part in (plan, step.stage, step.group, step.machine) if part)
-    told = record.steps.get(step.id)
-    if told is None:
-        return Case(owner, step.text, skipped=f"not begun: {record.why}")
-    failure = (told.reason or "failed") if told.outcome == "failed" else "" if told.outcome else "unfinished"
-    return Case(owner, step.text, failure=failure, said=told.output, seconds=told.seconds)
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM (a service manager, a CI's time limit) ends a run in the same safe way as ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _same_plan(record: RunRecord) -> tuple[Plan, Path]:
+    """The plan that the run was begun with. Raises Refused, ConfigInvalid."""
+    path = Path(str(record.facts["file"]))
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        same = runs.digest(path) == record.facts["digest"]
+    except OSError as exc:
+        raise ConfigInvalid(str(path), 0, "", f"can't be read: {exc.strerror}") from exc
+    if not same:
+        raise Refused(
+            f"{path} was changed since {record.run} began",
+            hint="put the old text back, or remove what the run made (drctl test list) and begin a new one",
+        )
+    return load_plan(path), path
+
+
+def _left(compiled: Compiled) -> str:
+    """What is left to do, in a few words."""
+    if compiled.ending is Ending.CLEAN_UP:
+        return "it was cleaning up"
+    left = sum(not step.satisfied for step in compiled.forward)
+    return f"{left} of {len(compiled.forward)} steps are left, checks are done again"

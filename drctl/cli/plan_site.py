@@ -5,7 +5,7 @@ An appliance boots a group as a whole, so a machine's step waits until it runs. 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drctl.cli.context import Context
@@ -18,13 +18,17 @@ from drctl.plan.step import MachineOrder, Recovery
 
 #: Between two looks at a machine that does not run yet.
 _LOOK = 0.5
+#: States of a test of which nothing is left.
+_GONE = ("stopped",)
 
 
 class DrillSite:
-    """Implements plan.perform.RecoverySite for mode test. Invariant: stops no test that this run did not start."""
+    """Implements plan.perform.RecoverySite for mode test. Its tests carry the run's name as their label, so that they
+    are known again. Invariant: stops no test that this run did not start."""
 
-    def __init__(self, context: Context, groups: tuple[str, ...]) -> None:
+    def __init__(self, context: Context, groups: Sequence[str], run: str) -> None:
         self._context = context
+        self._run = run
         self._hosts: dict[str, Host] = {name: side(context, name, "recovery") for name in groups}
         self._before: dict[str, frozenset[str]] = {}
         self._tests: dict[str, str] = {}
@@ -44,6 +48,7 @@ class DrillSite:
             group=group,
             checkpoint=order.checkpoint,
             machines=[] if everything else wanted,
+            label=self._run,
             timeout=RUN_TIMEOUT,
         )
         self._tests[group] = str(result["id"])
@@ -77,14 +82,13 @@ class DrillSite:
 
     def clean_up(self, group: str) -> Mapping[str, Any]:
         """Remove the group's copies. Raises DrctlError; StepFailed when it is not known which test is ours."""
-        identity = self._tests.get(group)
-        if identity is None:
-            return self._look_for_strays(group)
-        return {
-            "removed": self._context.call(self._hosts[group], "test.stop", id=identity, timeout=RUN_TIMEOUT).get(
-                "removed", True
-            )
-        }
+        tests = self._list(group)
+        own = [str(one["id"]) for one in tests if self._is_ours(group, one)]
+        if not own:
+            self._check_strays(group, tests)
+        for identity in own:
+            self._context.call(self._hosts[group], "test.stop", id=identity, timeout=RUN_TIMEOUT)
+        return {"removed": own}
 
     def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
         raise StepFailed(f"{machine}: the appliance gives no access to its guest agent yet")
@@ -92,17 +96,35 @@ class DrillSite:
     def console(self, group: str, machine: str) -> str:
         raise StepFailed(f"{machine}: the appliance gives no access to its console yet")
 
-    def _look_for_strays(self, group: str) -> Mapping[str, Any]:
-        """The start's outcome is not known: a test that came since may be ours, or somebody else's."""
-        if group not in self._before:
-            return {"removed": False}
-        new = sorted({str(one["id"]) for one in self._list(group)} - self._before[group])
+    def standing(self) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+        """The groups of which copies stand, and the machines (group, name) that run. Raises DrctlError."""
+        groups: set[str] = set()
+        up: set[tuple[str, str]] = set()
+        for group in self._hosts:
+            for test in self._list(group):
+                if self._is_ours(group, test):
+                    self._tests[group] = str(test["id"])
+                    groups.add(group)
+                    machines = test.get("machines") or ()
+                    up |= {(group, str(one["name"])) for one in machines if one.get("state") == "running"}
+        return frozenset(groups), frozenset(up)
+
+    def _is_ours(self, group: str, test: Mapping[str, Any]) -> bool:
+        """Told by its label, or, where the appliance keeps none, by the id that starting it returned."""
+        known = test.get("label") == self._run or str(test["id"]) == self._tests.get(group)
+        return known and test.get("state") not in _GONE
+
+    def _check_strays(self, group: str, tests: Sequence[Mapping[str, Any]]) -> None:
+        """With an appliance that keeps no labels, a start without an answer: a test that came since may be ours."""
+        before = self._before.get(group)
+        if before is None or group in self._tests:
+            return
+        new = sorted(str(one["id"]) for one in tests if "label" not in one and str(one["id"]) not in before)
         if new:
             raise StepFailed(
                 f"test {', '.join(new)} of {group} may be what this run started: it got no answer",
                 hint=f"drctl test list {group}, then drctl test stop {new[0]}",
             )
-        return {"removed": False}
 
     def _list(self, group: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._context.call(
@@ -115,10 +137,9 @@ class DrillSite:
             tests = self._list(group)
         except DrctlError as exc:
             return {"state": f"unknown: {exc.message}"}
-        identity = self._tests.get(group)
-        test = next((one for one in tests if str(one["id"]) == identity), None)
+        test = next((one for one in tests if self._is_ours(group, one)), None)
         if test is None:
-            return {"state": "failed", "reason": f"test {identity} of {group} is gone"}
+            return {"state": "failed", "reason": f"the test {self._tests.get(group, '')} of {group} is gone"}
         machines: list[dict[str, Any]] = test.get("machines") or []
         found = next((one for one in machines if one["name"] == name), None)
-        return found or {"state": "failed", "reason": f"{name} is not in test {identity}"}
+        return found or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}

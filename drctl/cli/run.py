@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from drctl.cli import render, runs
-from drctl.cli.options import Format, Output, begin, examples, noun
+from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
 from drctl.errors import IntegrityError
 from drctl.plan.output import tame
 from drctl.plan.record import StepRecord
@@ -18,8 +19,6 @@ app = noun("Executions of plans, as their records tell them.")
 
 def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of runs for the shell."""
-    from pathlib import Path
-
     from drctl.cli.context import Context, Settings
     from drctl.errors import DrctlError
 
@@ -147,3 +146,23 @@ def verify(
         raise IntegrityError(f"{found.path}: line {what.broken}: {what.problem}", hint="lines before it are sound")
     if head and head != what.head:
         raise IntegrityError(f"{found.path}: its head is {what.head}, not {head}", hint="lines were added or rewritten")
+
+
+@app.command(epilog=examples("drctl run resume 20260131T021005Z-shop-3f9c --yes"))
+def resume(
+    ctx: typer.Context,
+    run: RunName,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Also write the outcome as JUnit XML, for a CI.")
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    output: Output = Format.TEXT,
+) -> int:
+    """Go on with a run that was killed: from what is true at the hosts, not from where its record ends.
+
+    What stands is not made again; scripts that had ended are not run again, one that was cut off is; health checks are
+    done anew. A run that was cleaning up goes on with that. Exit codes are those of plan run."""
+    from drctl.cli import plan_run
+
+    return plan_run.resume(begin(ctx, output), run, junit, dry_run=dry_run, yes=yes)

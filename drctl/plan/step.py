@@ -104,6 +104,10 @@ class Compiled:
     def forward(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.part is None)
 
+    def find(self, identity: str) -> Step | None:
+        """The step of that id."""
+        return next((step for step in self.steps if step.id == identity), None)
+
     def ending_steps(self, ending: Ending) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.part is ending)
 

@@ -262,7 +262,7 @@ class FakeAppliance:
         return {"number": 12, "time": NOW - 4, "bytes": 2**20, "frames": 16, "damaged": []}
 
     def _test_start(self, params: dict[str, Any]) -> dict[str, Any]:
-        self.tests.append(recovery("test", params["group"]))
+        self.tests.append(recovery("test", params["group"], label=params.get("label", "")))
         return self.tests[-1]
 
     def _test_list(self, params: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ READING = {
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
     "replicate stop", "resync", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "switchover", "commit",
-    "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "plan run", "lab up", "lab down",
+    "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "plan run", "run resume", "lab up", "lab down",
 }  # fmt: skip
 #: For other programs: a service, a monitoring plugin and a scraper know no --output.
 SERVICE = {"appliance run", "check", "metrics", "plan schema"}

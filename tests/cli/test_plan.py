@@ -277,7 +277,17 @@ def test_what_can_not_be_cleaned_up_is_44(plans) -> None:
     assert "not all was cleaned up: group:web/clean-up: no answer" in result.err
 
 
-def test_a_start_without_an_answer_is_looked_for_and_never_guessed(plans) -> None:
+def test_a_start_without_an_answer_is_found_by_its_label(plans) -> None:
+    def start(params, progress):
+        plans.beta.tests.append(recovery("test", "web", label=params["label"]))
+        raise ApplianceUnreachable("the connection broke")
+
+    plans.beta.replies["test.start"] = start
+    assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 40
+    assert plans.beta.tests == []
+
+
+def test_an_older_appliance_keeps_no_label_and_nothing_is_guessed(plans) -> None:
     def start(params, progress):
         plans.beta.tests.append(recovery("test", "web", id="t7"))
         raise ApplianceUnreachable("the connection broke")
@@ -346,6 +356,66 @@ def test_an_unfinished_run_is_told_as_such(plans) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     assert runs_of(plans)[0]["state"] == "unfinished"
     assert "unfinished" in plans("run", "show", row["run"]).out
+
+
+def killed_after(world, run: str, lines: int) -> None:
+    """The record as a kill behind its line `lines` leaves it, and the copies that stand then."""
+    path = world.directory / "runs" / f"{run}.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    of_steps = [(event["event"], event.get("step")) for event in events]
+    started = ("begin", "group:web/recover") in of_steps
+    removed = ("end", "group:web/clean-up") in of_steps
+    world.beta.tests = [recovery("test", "web", label=run)] if started and not removed else []
+
+
+def test_a_killed_run_goes_on_from_every_line_of_its_record(plans) -> None:
+    plans("plan", "run", "web", "--mode", "test", "--yes")
+    (row,) = runs_of(plans)
+    path = plans.directory / "runs" / f"{row['run']}.jsonl"
+    whole = path.read_text()
+    count = whole.count("\n")
+    assert count > 12
+    for lines in range(1, count):
+        path.write_text(whole)
+        killed_after(plans, row["run"], lines)
+        assert plans("run", "resume", row["run"], "--dry-run").code == 0
+        result = plans("run", "resume", row["run"], "--yes", "-o", "json")
+        assert (result.code, result.json["verdict"], plans.beta.tests) == (0, "passed", []), lines
+        scripts = [json.loads(line) for line in path.read_text().splitlines() if "plan/before:sh" in line]
+        begun = [event for event in scripts if event["event"] == "begin"]
+        assert len(begun) == (2 if lines == 2 else 1), "a script that had ended is not run again"
+        assert plans("run", "verify", row["run"]).code == 0
+    assert plans("run", "resume", row["run"], "--yes").code == 12
+
+
+def test_what_can_not_go_on(plans) -> None:
+    plans("plan", "run", "web", "--mode", "test", "--yes")
+    (row,) = runs_of(plans)
+    assert "has ended: passed" in plans("run", "resume", row["run"], "--yes").err
+    killed_after(plans, row["run"], 4)
+    assert plans("run", "resume", row["run"]).code == 14
+    write(plans, PLAN + "# changed\n")
+    changed = plans("run", "resume", row["run"], "--yes")
+    assert (changed.code, "was changed since" in changed.err) == (14, True)
+    assert len(plans.beta.tests) == 1, "what stands is not touched"
+
+
+def test_what_could_not_be_cleaned_up_is_by_a_second_try(plans) -> None:
+    plans.beta.replies["test.stop"] = ApplianceUnreachable("no answer")
+    assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 44
+    del plans.beta.replies["test.stop"]
+    assert len(plans.beta.tests) == 1
+    (row,) = runs_of(plans)
+    assert row["state"] == "dirty"
+    assert plans("run", "resume", row["run"], "--yes").code == 0
+    assert plans.beta.tests == []
+
+
+def test_somebody_elses_test_is_never_touched(plans) -> None:
+    plans.beta.tests.append(recovery("test", "web", id="t9", label=""))
+    assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 0
+    assert [test["id"] for test in plans.beta.tests] == ["t9"]
 
 
 def test_hostile_names_reach_no_terminal(plans) -> None:

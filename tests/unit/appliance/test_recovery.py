@@ -105,6 +105,19 @@ def test_a_test_boots_every_machine_under_another_name_and_touches_no_reign(host
     assert result["machines"][0]["notes"] == ["cdrom dropped"]
 
 
+def test_a_test_with_a_label_is_started_once(host):
+    first = host.do("test_start", group="erp", label="run-1")
+    assert first["label"] == "run-1"
+    assert host.do("test_start", group="erp", label="run-1")["id"] == first["id"]
+    host.new_supervisor()
+    host.recovery.resume()
+    assert host.do("test_start", group="erp", label="run-1")["id"] == first["id"], "it outlives the supervisor"
+    others = {host.do("test_start", group="erp", label="run-2")["id"], host.do("test_start", group="erp")["id"]}
+    assert len(others | {first["id"]}) == 3
+    host.do("test_stop", id=first["id"])
+    assert host.do("test_start", group="erp", label="run-1")["id"] != first["id"]
+
+
 def test_a_test_may_boot_a_subset_at_an_older_checkpoint(host):
     result = host.do("test_start", group="erp", checkpoint="#2", machines=["web"])
     assert [m["name"] for m in result["machines"]] == ["web"]

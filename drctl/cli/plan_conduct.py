@@ -1,0 +1,162 @@
+"""A run under way: carried out, recorded and told as it goes, and what its end comes to. The same for a resumed one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from drctl.cli import render
+from drctl.cli.context import Context
+from drctl.cli.junit import Case, Suite, write_junit
+from drctl.cli.person import Person
+from drctl.cli.plan_site import DrillSite
+from drctl.errors import CleanUpFailed, Interrupted, StepFailed
+from drctl.plan.engine import Engine, Verdict
+from drctl.plan.execute import Executed, Execution
+from drctl.plan.output import tame_line
+from drctl.plan.perform import Performer, Surroundings
+from drctl.plan.record import RunRecord, read_record
+from drctl.plan.step import Compiled, Step, StepKind
+from drctl.store.run_log import RunLog
+
+
+@dataclass(frozen=True, slots=True)
+class Conduct:
+    """One run that goes on now. `events` are those of its log, `directory` is where its scripts run."""
+
+    context: Context
+    compiled: Compiled
+    site: DrillSite
+    log: RunLog
+    events: list[dict[str, Any]]
+    directory: Path
+
+    def run(self, name: str, junit: Path | None) -> int:
+        """To its end; 0 when it passed. Raises StepFailed, Interrupted, CleanUpFailed or OutOfSpace."""
+        attempts = {step.id: step.attempts for step in self._told().steps.values()}
+        options = self.compiled.options
+        around = Surroundings(
+            name, self.compiled.plan.name, self.compiled.mode, self.directory, options.checkpoint, attempts
+        )
+        performer = Performer(self.site, Person(self.context.screen).ask, around)
+        execution = Execution(Engine(self.compiled), performer, self._record, self.context.clock.monotonic)
+        with _stopped_by_sigterm():
+            executed = execution.run()
+        if junit is not None:
+            write_junit(junit, [suite(self.compiled, self._told())])
+        return self._finish(self._told(), executed)
+
+    def _told(self) -> RunRecord:
+        record = read_record(self.events)
+        assert record is not None, "a log begins with its run"
+        return record
+
+    def _record(self, event: Mapping[str, Any]) -> None:
+        self.events.append(self.log.append(event, self.context.clock.time()))
+        narrate(self.context, self.compiled, event)
+
+    def _finish(self, record: RunRecord, executed: Executed) -> int:
+        context, target = self.context, self.compiled.plan.rto_target
+        took = rto(record)
+        if context.screen.as_json:
+            steps = record.steps.values()
+            context.document(
+                "plan-run",
+                run=record.run,
+                plan=record.plan,
+                mode=record.mode,
+                verdict=executed.verdict.value,
+                why=record.why,
+                rto_seconds=took,
+                rto_target_seconds=target or None,
+                steps=[
+                    {"id": one.id, "outcome": one.outcome, "seconds": one.seconds, "reason": one.reason}
+                    for one in steps
+                ],
+                head=self.log.head,
+            )
+        else:
+            line = f"{record.run}: {executed.verdict}, {render.duration(took)} until all was well or ended"
+            context.screen.line(line)
+        if target and took is not None and took > target:
+            context.screen.say(f"warning: the RTO target of {render.duration(target)} was missed")
+        _raise(record, executed)
+        return 0
+
+
+def rto(record: RunRecord) -> float | None:
+    """From the run's beginning until its last step of the way forward ended."""
+    ends = [
+        one.begun + one.seconds
+        for one in record.steps.values()
+        if one.seconds is not None and not one.id.endswith(("/clean-up", "/undo"))
+    ]
+    return max(0.0, max(ends) - record.began) if ends else None
+
+
+def _raise(record: RunRecord, executed: Executed) -> None:
+    """The error that a verdict is, none for a good one."""
+    failed = [f"{one.id}: {one.reason}" for one in record.steps.values() if one.outcome == "failed"]
+    hint = f"drctl run show {record.run}"
+    if executed.verdict is Verdict.DIRTY:
+        raise CleanUpFailed(f"{record.run}: not all was cleaned up: {failed[-1]}", hint=f"drctl test list; {hint}")
+    if executed.unrecorded is not None:
+        raise executed.unrecorded
+    if executed.verdict is Verdict.INTERRUPTED:
+        left = "its copies still run: drctl test list" if record.facts.get("keep") else "its copies are removed"
+        raise Interrupted(f"{record.run} was stopped; {left}", hint=hint)
+    if executed.verdict is Verdict.FAILED:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise StepFailed(f"{record.run} failed: {failed[0] if failed else record.why}{more}", hint=hint)
+
+
+def narrate(context: Context, compiled: Compiled, event: Mapping[str, Any]) -> None:
+    """Say on stderr that a step ended, or why nothing more is begun."""
+    if event["event"] == "ending" and event["why"] != "done":
+        context.screen.say(f"  nothing more is begun: {tame_line(str(event['why']))}")
+    elif event["event"] == "end" and (step := compiled.find(str(event["step"]))) is not None:
+        took = render.duration(event.get("seconds"))
+        reason = event.get("reason") or event.get("seen") or ""
+        words = f"  {tame_line(step.text)}: {event['outcome']}, {took}"
+        context.screen.say(words + (f"; {tame_line(str(reason))}" if reason else ""))
+
+
+def suite(compiled: Compiled, record: RunRecord) -> Suite:
+    """A case per step but gates: by machine where it is one's, else by stage, group or plan."""
+    name = compiled.plan.name
+    return Suite(
+        f"plan run {name} {compiled.mode}",
+        [_case(name, step, record) for step in compiled.steps if step.kind is not StepKind.GATE],
+    )
+
+
+def _case(plan: str, step: Step, record: RunRecord) -> Case:
+    owner = ".".join(part for part in (plan, step.stage, step.group, step.machine) if part)
+    told = record.steps.get(step.id)
+    if told is None:
+        return Case(owner, step.text, skipped=f"not begun: {record.why}")
+    failure = (told.reason or "failed") if told.outcome == "failed" else "" if told.outcome else "unfinished"
+    return Case(owner, step.text, failure=failure, said=told.output, seconds=told.seconds)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM (a service manager, a CI's time limit) ends a run in the same safe way as ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
