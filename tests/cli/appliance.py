@@ -45,6 +45,7 @@ def recovery(kind: str, group: str, **changes: Any) -> dict[str, Any]:
     machines = [{"name": "db", "state": "running", "reason": ""}, {"name": "front", "state": "running", "reason": ""}]
     row = {
         "id": f"{kind[:1]}1",
+        "label": "",
         "kind": kind,
         "group": group,
         "generation": 2,

@@ -41,7 +41,7 @@ APPLIANCE = {
     "problem": str,
 }  # fmt: skip
 RECOVERY = {
-    "id": str, "kind": str, "group": str, "generation": int, "checkpoint": dict, "state": str, "started": NUMBER,
+    "id": str, "label": str, "kind": str, "group": str, "generation": int, "checkpoint": dict, "state": str, "started": NUMBER,
     "machines": list, "rto_seconds": (*NUMBER, NONE),
 }  # fmt: skip
 PICTURE = {"site": str, "host": str, "role": str, "state": str, "generation": int, "machines": list}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -290,6 +291,7 @@ def test_a_start_without_an_answer_is_found_by_its_label(plans) -> None:
 def test_an_older_appliance_keeps_no_label_and_nothing_is_guessed(plans) -> None:
     def start(params, progress):
         plans.beta.tests.append(recovery("test", "web", id="t7"))
+        del plans.beta.tests[-1]["label"]
         raise ApplianceUnreachable("the connection broke")
 
     plans.beta.replies["test.start"] = start
@@ -413,7 +415,7 @@ def test_what_could_not_be_cleaned_up_is_by_a_second_try(plans) -> None:
 
 
 def test_somebody_elses_test_is_never_touched(plans) -> None:
-    plans.beta.tests.append(recovery("test", "web", id="t9", label=""))
+    plans.beta.tests.append(recovery("test", "web", id="t9"))
     assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 0
     assert [test["id"] for test in plans.beta.tests] == ["t9"]
 
@@ -438,3 +440,24 @@ def test_completion(plans) -> None:
     assert complete_run(context, "2027") == [runs_of(plans)[0]["run"]]
     context.params["config"] = "/nowhere"
     assert (complete_plan(context, ""), complete_run(context, "")) == ([], [])
+
+
+def test_five_hundred_machines_are_validated_in_a_second(world) -> None:
+    names = [f"vm-{number}" for number in range(500)]
+    (world.directory / "plans").mkdir()
+    (world.directory / "groups/web.toml").write_text(
+        f'name = "web"\nsource = "alpha"\nrecovery = "beta"\nmachines = {json.dumps(names)}\n'
+    )
+    check = '[[stage.vm.check]]\nkind = "tcp"\nhost = "h"\nport = 22\n'
+    stages = [
+        f'[[stage]]\nname = "s{first}"\n'
+        + "".join(f'[[stage.vm]]\nname = "{name}"\n{check}' for name in names[first::5])
+        for first in range(5)
+    ]
+    write(world, 'plan = "web"\ngroups = ["web"]\n' + "".join(stages))
+    world.alpha.machines = [machine(name) for name in names]
+    world.applied()
+    before = time.process_time()
+    result = world("plan", "validate", "web")
+    assert time.process_time() - before < 1.0
+    assert (result.code, result.out.splitlines()[0]) == (0, "web: 2 warnings")
