@@ -325,7 +325,7 @@ class Protection:
 
     def _follow_pass(self, report: Report) -> None:
         if report.sync_active:
-            self._settle("")
+            self._settle(report.reason)
             return
         mode, numbers = self._passes.mode, self._passes.end()
         if self.survey.running:

@@ -123,13 +123,15 @@ class ShipperLink:
         if not status or status.get("epoch") != self._worker.ring.epoch:
             return None
         sync = status.get("sync") or {}
-        error = (status.get("link") or {}).get("error") or {}
-        connected = (status.get("link") or {}).get("state") == "connected"
+        link = status.get("link") or {}
+        error = link.get("error") or {}
+        connected = link.get("state") == "connected"
         reason = "" if connected else str(error.get("message") or "the other site is not reached")
+        refusal = str((link.get("refusal") or {}).get("message") or "")
         return Report(
             wants=str(status.get("needs", "unknown")) if connected else "unknown",
             holds=int(status.get("receiver_number") or 0),
-            reason=reason,
+            reason=reason or refusal,
             sync_active=sync.get("job") == "running",
             sync_done=sync.get("job") == "done",
             sync_id=str(sync.get("id") or ""),

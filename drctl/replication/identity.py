@@ -146,10 +146,13 @@ def issue(
 
 
 def write_peers(tls_dir: Path, peers: dict[str, Peer]) -> None:
-    """Replace the list of accepted peers."""
-    fresh = tls_dir / "peers.json.new"
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(peers)) + b"\n")
-    fresh.replace(tls_dir / "peers.json")
+    """Replace the list of accepted peers; one that says the same is left alone, also on a full disk."""
+    path, data = tls_dir / "peers.json", msgspec.json.format(msgspec.json.encode(peers)) + b"\n"
+    if path.exists() and path.read_bytes() == data:
+        return
+    fresh = path.with_name("peers.json.new")
+    fresh.write_bytes(data)
+    fresh.replace(path)
 
 
 def load_peers(tls_dir: Path) -> dict[str, Peer]:

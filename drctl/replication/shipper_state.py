@@ -36,6 +36,8 @@ class LinkStatus:
     state: LinkState = LinkState.CONNECTING
     #: Why there is no connection, as an error's dictionary; None while there is one.
     error: dict[str, Any] | None = None
+    #: The newest refusal, until something is acknowledged: a full disk there lets us in, and refuses what we send.
+    refusal: dict[str, Any] | None = None
     since_wall_ns: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -46,6 +48,8 @@ class LinkStatus:
             self.since_wall_ns = time.time_ns()
         self.state = state
         self.error = error.as_dict() if error else None
+        if state is LinkState.REFUSED:
+            self.refusal = self.error
 
 
 @dataclass(slots=True)
@@ -144,6 +148,7 @@ def status(state: ShipperState) -> dict[str, Any]:
         "link": {
             "state": state.link.state.value,
             "error": state.link.error,
+            "refusal": state.link.refusal,
             "since_wall_ns": state.link.since_wall_ns,
             "peer": config.peer,
             "sent_bytes": state.link.sent_bytes,

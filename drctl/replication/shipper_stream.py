@@ -227,6 +227,7 @@ class StreamSender:
     def _take(self, message: wire.Message) -> None:
         state = self._state
         if isinstance(message, wire.Ack):
+            state.link.refusal = None
             state.progress.acknowledged(message)
             state.ring.release(min(state.progress.released, state.ring.published))
             state.journal = message.journal
