@@ -23,12 +23,12 @@ def scratch_limit(tools: Tools, wanted: int) -> int:
     """Bytes that a test may write. Raises OutOfSpace when what is wanted (or the least that makes sense) isn't free.
 
     Without a wish it is the default or half of what is free above the reserve, whichever is less: the store's journal
-    may live on the same file system and must go on growing."""
+    may live on the same file system and must go on growing. A wish may be as small as one likes."""
     free = tools.images.free(tools.room.scratch) - tools.room.reserve
-    limit = wanted or min(DEFAULT_SCRATCH, free // 2)
-    if limit > free or limit < SMALLEST_SCRATCH:
+    limit = wanted or max(min(DEFAULT_SCRATCH, free // 2), SMALLEST_SCRATCH)
+    if limit > free:
         raise OutOfSpace(
-            f"a test needs {format_bytes(max(limit, SMALLEST_SCRATCH))} of scratch, {tools.room.scratch} has "
+            f"a test needs {format_bytes(limit)} of scratch, {tools.room.scratch} has "
             f"{format_bytes(max(free, 0))} above the {format_bytes(tools.room.reserve)} that are kept",
             hint="free space there, or stop another test",
             free=free,
