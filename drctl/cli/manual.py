@@ -13,6 +13,7 @@ import typer.main
 from drctl import __version__
 from drctl.cli.app import COMMANDS, app, load
 from drctl.cli.codes import all_codes
+from drctl.cli.manual_plan import plan_page
 
 _FILES = (
     ("drctl.toml", "Sites, hosts and defaults; see docs/configuration.md for every key."),
@@ -37,6 +38,7 @@ def pages() -> dict[str, str]:
         made[f"drctl-{name}.1"] = (
             "\n".join([*_head(f"drctl-{name}", entry.summary), *_command(load(name), ["drctl", name])]) + "\n"
         )
+    made["drctl-plan.5"] = plan_page(__version__, _escape)
     return made
 
 
@@ -142,7 +144,7 @@ def write(directory: Path) -> None:
     """Write every page, and remove those of commands that are gone."""
     directory.mkdir(parents=True, exist_ok=True)
     made = pages()
-    for old in directory.glob("drctl*.1"):
+    for old in directory.glob("drctl*.[15]"):
         if old.name not in made:
             old.unlink()
     for name, text in made.items():

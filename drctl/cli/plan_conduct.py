@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -46,7 +46,7 @@ class Conduct:
         )
         performer = Performer(self.site, Person(self.context.screen).ask, around)
         execution = Execution(Engine(self.compiled), performer, self._record, self.context.clock.monotonic)
-        with _stopped_by_sigterm():
+        with _signals(execution):
             executed = execution.run()
         if junit is not None:
             write_junit(junit, [suite(self.compiled, self._told())])
@@ -59,7 +59,8 @@ class Conduct:
 
     def _record(self, event: Mapping[str, Any]) -> None:
         self.events.append(self.log.append(event, self.context.clock.time()))
-        narrate(self.context, self.compiled, event)
+        with suppress(OSError):  # whoever listened has gone; the run has not
+            narrate(self.context, self.compiled, event)
 
     def _finish(self, record: RunRecord, executed: Executed) -> int:
         context, target = self.context, self.compiled.plan.rto_target
@@ -146,17 +147,24 @@ def _case(plan: str, step: Step, record: RunRecord) -> Case:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM (a service manager, a CI's time limit) ends a run in the same safe way as ctrl-C."""
+def _signals(execution: Execution) -> Iterator[None]:
+    """Ctrl-C and SIGTERM (a service manager, a CI's time limit) end the run in the safe way, a second also ends scripts
+    that run, a third leaves at once. A terminal that goes away (SIGHUP) ends nothing: the run survives its operator."""
+    heard: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        heard.append(number)
+        if len(heard) > 2:
+            raise KeyboardInterrupt
+        execution.interrupt()
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

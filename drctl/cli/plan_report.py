@@ -14,9 +14,12 @@ from drctl.cli.plan_inventory import Stock
 from drctl.cli.render import Screen
 from drctl.errors import ConfigInvalid, PreconditionFailed
 from drctl.plan.findings import Finding, Severity, examine, of_error
+from drctl.plan.output import tame_line
 from drctl.plan.plan import Plan
 from drctl.plan.read import ReadPlan
 
+#: Characters of a line; one with a file's path, a key and a hint fits.
+LONGEST = 1000
 COLUMNS = ("plan", "groups", "stages", "machines", "file", "problem")
 
 
@@ -66,7 +69,13 @@ def print_results(screen: Screen, results: Sequence[Result]) -> None:
         name = one.plan.name if one.plan else one.path.stem
         screen.line(f"{name}: {', '.join(word for word in words if word) or 'ok'}")
         for finding in one.findings:
-            screen.line(f"  {finding.severity}: {finding}" + (f" ({finding.hint})" if finding.hint else ""))
+            screen.line(f"  {spell(finding)}")
+
+
+def spell(finding: Finding) -> str:
+    """A finding in one line that a terminal can show, whatever names are in it."""
+    hint = f" ({finding.hint})" if finding.hint else ""
+    return tame_line(f"{finding.severity}: {finding}{hint}", LONGEST)
 
 
 def _count(number: int, what: str) -> str:
@@ -121,4 +130,4 @@ def summary(path: Path, read: ReadPlan) -> dict[str, Any]:
 def row(one: dict[str, Any]) -> tuple[str, ...]:
     cells = {key: "-" if value in (None, "", []) else value for key, value in one.items()}
     cells["groups"] = ", ".join(one["groups"]) or "-"
-    return tuple(str(cells[key]) for key in COLUMNS)
+    return tuple(tame_line(str(cells[key]), LONGEST) for key in COLUMNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from drctl.cli.junit import write_junit
 from drctl.cli.plan_conduct import Conduct, rto
 from drctl.cli.plan_inventory import Stock, from_appliances
 from drctl.cli.plan_site import DrillSite
-from drctl.errors import ConfigInvalid, PreconditionFailed, Refused, WrongPhase
+from drctl.errors import ConfigInvalid, PreconditionFailed, Refused, SetupFailed, UnsupportedFormat, WrongPhase
 from drctl.plan.compile import compile_plan
 from drctl.plan.engine import Verdict
 from drctl.plan.findings import Finding, Severity, examine
@@ -84,8 +85,7 @@ class Attempt:
         steps = [line.strip() for line in plan_show.lines(self.compiled) if not line.endswith(":")]
         question = f"Run plan {self.plan.name} as a {self.compiled.mode}?"
         propose(self.context.screen, steps, dry_run=False, yes=yes, question=question)
-        directory = runs.run_directory(self.context)
-        atomic.make_directory(directory)
+        directory = _writable(runs.run_directory(self.context))
         with _alone(directory, self.plan.name):
             return self._carry_out(directory, junit)
 
@@ -113,7 +113,7 @@ class Attempt:
 
     def _tell_findings(self) -> None:
         for one in self.findings:
-            self.context.screen.say(f"{one.severity}: {one}" + (f" ({one.hint})" if one.hint else ""))
+            self.context.screen.say(plan_report.spell(one))
 
     def _checkpoint(self) -> str:
         return self.compiled.options.checkpoint
@@ -158,6 +158,8 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
         record = read_record(events)
         if record is None:
             raise WrongPhase(f"{name} was killed before it began anything", hint="begin a new one: drctl plan run")
+        if int(record.facts.get("format") or 0) > FORMAT:
+            raise UnsupportedFormat(f"{name} was written by a newer drctl", hint="go on with that one")
         if record.verdict not in ("", Verdict.DIRTY):
             raise WrongPhase(f"{name} has ended: {record.verdict}", hint=f"drctl run show {name}")
         plan, path = _same_plan(record)
@@ -174,6 +176,18 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
             resumed = {"event": "resumed", "operator": context.settings.operator}
             events.append(log.append(resumed, context.clock.time()))
             return Conduct(context, compiled, site, log, events, path.parent).run(name, junit)
+
+
+def _writable(directory: Path) -> Path:
+    """The directory, made when it is missing. Raises SetupFailed."""
+    try:
+        atomic.make_directory(directory)
+    except OSError as exc:
+        hint = "a run is not begun without its record; run it as a user who may write there"
+        raise SetupFailed(f"{directory} can't be made: {exc.strerror}", hint=hint) from exc
+    if not os.access(directory, os.W_OK):
+        raise SetupFailed(f"{directory} can't be written to", hint="run it as a user who may write there")
+    return directory
 
 
 def _alone(directory: Path, plan: str) -> AbstractContextManager[int]:

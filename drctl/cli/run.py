@@ -10,7 +10,7 @@ import typer
 from drctl.cli import render, runs
 from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
 from drctl.errors import IntegrityError
-from drctl.plan.output import tame
+from drctl.plan.output import tame, tame_line
 from drctl.plan.record import StepRecord
 from drctl.store.run_log import list_runs
 
@@ -55,9 +55,9 @@ def _row(one: dict[str, object]) -> tuple[str, ...]:
     began, ended = one["began"], one["ended"]
     took = ended - began if isinstance(began, float) and isinstance(ended, float) else None
     return (
-        str(one["run"]),
-        render.word(one["plan"]),
-        render.word(one["mode"]),
+        tame_line(str(one["run"])),
+        tame_line(render.word(one["plan"])),
+        tame_line(render.word(one["mode"])),
         str(one["state"]),
         render.moment(began if isinstance(began, float) else None),
         render.duration(took),
@@ -105,7 +105,10 @@ def show(
         ]
     )
     context.screen.line()
-    rows = [(one.id, one.outcome or "unfinished", render.duration(one.seconds), one.reason or "-") for one in steps]
+    rows = [
+        (tame_line(one.id), one.outcome or "unfinished", render.duration(one.seconds), tame_line(one.reason or "-"))
+        for one in steps
+    ]
     context.screen.table(("step", "outcome", "took", "reason"), rows, "no step was begun")
 
 

@@ -38,7 +38,11 @@ def look(context: Context, name: str) -> Run:
     """One run. Raises NotFound."""
     path = run_path(run_directory(context), name)
     events, found = read_run(path)
-    return Run(name, path, read_record(events), found)
+    try:
+        record = read_record(events)
+    except (KeyError, TypeError, ValueError):
+        record = None  # sound lines, but not those of a run that we know how to read
+    return Run(name, path, record, found)
 
 
 def look_all(context: Context, last: int = 0) -> list[Run]:

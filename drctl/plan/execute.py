@@ -1,4 +1,4 @@
-"""The engine's shell: a thread per running step, records made durable before steps begin, ctrl-C heard.
+"""The engine's shell: a thread per running step, records made durable before steps begin.
 
 Blocking; knows neither what steps do (`perform`) nor where records go (`record`)."""
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from drctl.errors import DrctlError, OutOfSpace
+from drctl.errors import DrctlError, OutOfSpace, StepFailed
 from drctl.plan.engine import Engine, Outcome, Ready, Verdict
 from drctl.plan.step import Step
 
@@ -35,7 +35,7 @@ class Executed:
     """How it ended. `unrecorded` is why the record could not be written to its end, None when it was."""
 
     verdict: Verdict
-    unrecorded: OutOfSpace | None = None
+    unrecorded: DrctlError | None = None
 
 
 class Execution:
@@ -47,31 +47,36 @@ class Execution:
         self._perform = perform
         self._record = record
         self._now = monotonic
-        self._results: queue.SimpleQueue[tuple[Step, Result | BaseException]] = queue.SimpleQueue()
+        #: None: an interrupt. A SimpleQueue may be put to from a signal's handler.
+        self._results: queue.SimpleQueue[tuple[Step, Result | BaseException] | None] = queue.SimpleQueue()
         self._cancelled: dict[str, threading.Event] = {}
         self._interrupts = 0
-        self._unrecorded: OutOfSpace | None = None
+        self._unrecorded: DrctlError | None = None
 
     def run(self) -> Executed:
-        """To the end. The first ctrl-C ends it in the safe way, a second also ends scripts that run, a third is raised.
-
-        Raises whatever a step raises that is no error of ours: a bug."""
+        """To the end. Raises whatever a step raises that is no error of ours: a bug."""
         ready = self._engine.begin(self._now())
         while True:
             self._carry_out(ready)
             if ready.verdict is not None:
                 return Executed(ready.verdict, self._unrecorded)
-            try:
-                ready = self._wait()
-            except KeyboardInterrupt:
-                ready = self._interrupted()
+            ready = self._wait()
+
+    def interrupt(self) -> None:
+        """End it in the safe way; a second time also end scripts that run. For signal handlers and other threads.
+
+        It takes effect between two turns, so no record is cut off by it."""
+        self._results.put(None)
 
     def _wait(self) -> Ready:
         left = self._engine.next_deadline - self._now()
         try:
-            step, result = self._results.get(timeout=max(0.0, min(_TURN, left)))
+            item = self._results.get(timeout=max(0.0, min(_TURN, left)))
         except queue.Empty:
             return self._engine.tick(self._now())
+        if item is None:
+            return self._interrupted()
+        step, result = item
         self._cancelled.pop(step.id, None)
         if isinstance(result, BaseException):
             raise result
@@ -79,9 +84,7 @@ class Execution:
 
     def _interrupted(self) -> Ready:
         self._interrupts += 1
-        if self._interrupts > 2:
-            raise KeyboardInterrupt
-        if self._interrupts == 2:
+        if self._interrupts > 1:
             for event in self._cancelled.values():
                 event.set()
         return self._engine.interrupt(self._now())
@@ -106,6 +109,8 @@ class Execution:
             self._record(event)
         except OutOfSpace as exc:
             self._unrecorded = exc
+        except OSError as exc:
+            self._unrecorded = StepFailed(f"the run's record can't be written: {exc.strerror}")
 
     def _start(self, step: Step) -> None:
         cancelled = self._cancelled[step.id] = threading.Event()

@@ -137,7 +137,7 @@ def plan_schema() -> Schema:
                 "groups": _strings("Groups that it recovers.", minItems=1, uniqueItems=True),
                 "time_limit": _duration("For the whole run.", "1h"),
                 "rto_target": _duration("What the time until all is well is compared with."),
-                "on_failure": _ON_FAILURE,
+                "on_failure": _choice("What a failed step means.", OnFailure, "stop"),
                 "commit_after": _duration("After a failover or switchover: made final by itself."),
                 "rollback_after": _duration("Undone by itself, unless the plan's checks passed."),
                 "stage": {**_tables("stage"), "minItems": 1},

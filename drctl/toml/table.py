@@ -23,6 +23,7 @@ MAXIMUM_SIZE = 4 * MiB
 _DEEP_KEY = re.compile(
     rf"""^[ \t\[]*(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAXIMUM_DEPTH}}}""", re.MULTILINE
 )
+_BARE = re.compile(r"[\w-]+")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
 _KINDS = {
     str: "a string",
@@ -226,7 +227,7 @@ class Table:
             if isinstance(part, int):
                 parts[-1] += f"[{part}]"
             else:
-                parts.append(part)
+                parts.append(part if _BARE.fullmatch(part) else repr(part))  # no escape reaches a terminal
         return ".".join(parts)
 
 

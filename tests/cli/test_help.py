@@ -107,7 +107,7 @@ def test_the_overview_says_what_the_command_says(name: str) -> None:
 
 def test_the_manual_in_the_repository_is_what_the_commands_say() -> None:
     made = manual.pages()
-    assert {path.name for path in MAN.glob("*.1")} == set(made), "run: make man"
+    assert {path.name for path in MAN.glob("*.[15]")} == set(made), "run: make man"
     for name, text in made.items():
         assert (MAN / name).read_text("utf-8") == text, f"{name} is old; run: make man"
 

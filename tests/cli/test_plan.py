@@ -10,6 +10,7 @@ import pytest
 
 from drctl.cli.app import app as program
 from drctl.errors import ApplianceUnreachable
+from drctl.store.run_log import RunLog
 from tests.cli.appliance import machine, recovery
 
 PLAN = """\
@@ -461,3 +462,39 @@ def test_five_hundred_machines_are_validated_in_a_second(world) -> None:
     result = world("plan", "validate", "web")
     assert time.process_time() - before < 1.0
     assert (result.code, result.out.splitlines()[0]) == (0, "web: 2 warnings")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "state"), [("INT", 41, "interrupted"), ("TERM", 41, "interrupted"), ("HUP", 0, "passed")]
+)
+def test_signals_end_a_run_in_the_safe_way(plans, number: str, code: int, state: str) -> None:
+    """The script signals the program: ctrl-C, a service's stop, a terminal that went away."""
+    write(plans, PLAN.replace("test $DRCTL_VM = db", f"kill -{number} $PPID; sleep 0.2"))
+    result = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert (result.code, runs_of(plans)[0]["state"], plans.beta.tests) == (code, state, [])
+    if code:
+        assert "its copies are removed" in result.err
+
+
+def test_a_place_where_no_record_can_be_begins_nothing(plans, monkeypatch) -> None:
+    (plans.directory / "runs").write_text("in the way")
+    result = plans("plan", "run", "web", "--mode", "test", "--yes")
+    assert (result.code, plans.beta.called("test.start")) == (43, [])
+    assert "can't be made: File exists" in result.err or "Not a directory" in result.err
+
+
+def test_a_record_of_something_else_is_told_as_damaged(plans) -> None:
+    with RunLog.create(plans.directory / "runs/r1.jsonl") as log:
+        log.append({"event": "run", "run": "r1", "plan": "\x1b[2J", "mode": "test"}, 1.0)
+        log.append({"event": "ending", "ending": "by magic"}, 2.0)
+    result = plans("run", "list")
+    assert "damaged" in result.out
+    assert plans("run", "show", "r1").code == 31
+
+
+def test_keys_that_hide_commands_reach_no_terminal(plans) -> None:
+    write(plans, PLAN.replace('name = "db"', 'name = "db"\n"a\\u001b[2J" = 1'))
+    for arguments in (("plan", "validate", "--offline"), ("plan", "list"), ("plan", "show", "web")):
+        result = plans(*arguments)
+        assert "\x1b" not in result.out + result.err, arguments
+        assert r"\x1b[2J" in result.out + result.err, arguments

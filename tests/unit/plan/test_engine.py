@@ -340,8 +340,8 @@ def test_ctrl_c_ends_it_in_the_safe_way(monkeypatch: pytest.MonkeyPatch) -> None
     def press() -> Ready:
         if f"{M1}/boot" in done and engine._state[f"{M1}/check:guest-agent"] == "running" and not pressed:
             pressed.append(True)
+            execution.interrupt()
             released.set()
-            raise KeyboardInterrupt
         return wait()
 
     monkeypatch.setattr(execution, "_wait", press)
@@ -350,24 +350,27 @@ def test_ctrl_c_ends_it_in_the_safe_way(monkeypatch: pytest.MonkeyPatch) -> None
     assert "stage:b/vm:m3/boot" not in done
 
 
-def test_three_times_ctrl_c_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_gives_up_scripts() -> None:
     plan = parse_plan(TEXT.format(failure="stop"))
     engine = Engine(compile_plan(plan, inventory(g="m1 m2 m3"), Mode.TEST))
     given_up: list[bool] = []
 
     def perform(step: Step, cancelled: threading.Event) -> Result:
-        given_up.append(cancelled.wait(20))
-        return Result(Outcome.FAILED)
+        if step.kind is StepKind.RECOVER:
+            execution.interrupt()
+            assert not cancelled.wait(0.2), "the first one lets it end"
+            execution.interrupt()
+            given_up.append(cancelled.wait(20))
+        return Result(Outcome.DONE)
 
     execution = Execution(engine, perform, lambda event: None, time.monotonic)
+    assert execution.run().verdict is Verdict.INTERRUPTED
+    assert given_up == [True]
 
-    def press() -> Ready:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(execution, "_wait", press)
-    with pytest.raises(KeyboardInterrupt):
-        execution.run()
-    deadline = time.monotonic() + 10
-    while not given_up and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert given_up == [True], "the second one gave up what ran"
+def test_a_record_that_can_not_be_written_for_another_reason_ends_it_too() -> None:
+    def record(event) -> None:
+        raise OSError(5, "Input/output error")
+
+    found = execute(lambda step, cancelled: Result(Outcome.DONE), record)
+    assert "can't be written: Input/output error" in found.unrecorded.message
