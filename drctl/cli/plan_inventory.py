@@ -79,6 +79,8 @@ class _Look:
     def __init__(self, context: Context, inventory: Inventory, name: str) -> None:
         self._context = context
         self._name = name
+        #: somebody who may know was not asked, or did not answer
+        self._gaps = bool(inventory.silent) or len(context.config.sites) < 2
         self._source = inventory.find(name, "source")
         self._recovery = inventory.find(name, "recovery")
         self._base = GroupFacts(name, ())
@@ -108,12 +110,20 @@ class _Look:
         recovery = self._recovery.host.name if self._recovery else ""
         return replace(
             self._base,
+            applied=self._applied(),
             machines=tuple(_machine(one, listed, covered.get(one.name)) for one in self._base.machines),
             phase=self._source.state if self._source is not None else None,
             restorable=self._restorable,
             abilities=abilities.get(recovery, frozenset(Ability)),
             problems=tuple(self._problems),
         )
+
+    def _applied(self) -> bool | None:
+        places = [place for place in (self._source, self._recovery) if place is not None]
+        if len(places) < 2 and self._gaps:
+            return None
+        names = {machine.name for machine in self._base.machines}
+        return len(places) == 2 and all(names == set(place.spec.get("machines") or ()) for place in places)
 
     def _covered(self) -> dict[str, frozenset[str]]:
         """Machine → disks that are replicated, where the source tells them."""

@@ -85,6 +85,8 @@ def _group(plan: Plan, facts: GroupFacts) -> Iterator[Finding]:
     def tell(severity: Severity, message: str, hint: str = "", machine: str = "") -> Finding:
         return Finding(severity, message, hint, plan.file, plan.line("groups"), "groups", facts.name, machine)
 
+    if facts.applied is False:
+        yield tell(Severity.ERROR, f"the appliances don't have group {facts.name!r} as its file says", "drctl apply")
     if facts.phase in ("unprotected", "syncing"):
         hint = f"drctl replicate start {facts.name}" if facts.phase == "unprotected" else "wait for its first sync"
         yield tell(Severity.ERROR, f"group {facts.name!r} is {facts.phase}: nothing can be recovered", hint)

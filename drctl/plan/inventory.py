@@ -33,6 +33,7 @@ class MachineFacts:
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
     """A group as its file or an appliance tells it. `phase` is that of its source, None when it did not answer.
+    `applied`: the appliances have it, with the machines that its file names.
 
     `problems` are what the recovery site says would go wrong; `networks` and `test_networks` map source networks."""
 
@@ -41,6 +42,7 @@ class GroupFacts:
     networks: tuple[tuple[str, str], ...] = ()
     test_networks: tuple[tuple[str, str], ...] = ()
     phase: str | None = None
+    applied: bool | None = None
     restorable: bool | None = None
     abilities: frozenset[Ability] = frozenset(Ability)
     problems: tuple[tuple[str, str, str], ...] = ()

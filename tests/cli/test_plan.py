@@ -120,9 +120,20 @@ def name_taken(world) -> None:
     world.beta.replies["failover.plan"] = plan | {"findings": [finding]}
 
 
+def change_file(world) -> None:
+    path = world.directory / "groups/web.toml"
+    path.write_text(path.read_text().replace('["db", "front"]', '["db", "front", "lonely"]'))
+
+
+def forget_group(world) -> None:
+    world.beta.groups.clear()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (change_file, "the appliances don't have group 'web' as its file says (drctl apply)"),
+        (forget_group, "the appliances don't have group 'web' as its file says (drctl apply)"),
         (edit_disks, "web.toml:3: disk vdb of 'db' is not replicated"),
         (refuse_disk, "'db' can't be replicated whole: vda: is shared with another machine"),
         (remove_machine, "machine 'db' is not on its source host"),
