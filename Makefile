@@ -21,7 +21,7 @@ check: setup ## format, lint, types, import rules
 	$(BIN)/lint-imports --no-cache
 
 test: setup ## the fast tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-long: setup ## the long tests: fault injection, kill loops
 	$(BIN)/python -m pytest -q -m long --timeout 7200
