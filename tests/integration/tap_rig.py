@@ -25,7 +25,7 @@ MiB = 1 << 20
 IDENTITY = StreamIdentity("web", "alpha-1", 1, "c0ffee00" * 4)
 
 
-def until(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 30.0) -> Any:
     """The first true value of `condition`; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
