@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from drctl.model.extent import Extent
 from drctl.replication.progress import SendSyncData
-from drctl.replication.sync_progress import Read, Sync, SyncState
+from drctl.replication.sync_progress import Read, SyncState
 from tests.scenario.stream_model import BLOCKS, Frame, Stream
 
 WHOLE, PART = 4, 2
@@ -190,7 +190,9 @@ def _pieces(parts: list[Extent], at: int, had: list[int]) -> list[tuple[int, lis
 #: Few values: a block that is written back to what it was is what a comparison may get wrong.
 VALUES = st.integers(0, 2)
 CELLS = st.dictionaries(st.integers(0, BLOCKS - 1), VALUES, min_size=1, max_size=3)
-PLAIN = "connect connect_kept disconnect crash_receiver prove_order prove_order send send send send fsync hear fsync hear"
+PLAIN = (
+    "connect connect_kept disconnect crash_receiver prove_order prove_order send send send send fsync hear fsync hear"
+)
 PLAIN += " mark attest start_sync start_sync read read read settle"
 ACTIONS = st.one_of(
     st.tuples(st.just("write"), CELLS, st.integers(1, 2)),
@@ -230,7 +232,9 @@ def come_back(stream: ComparedStream) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(VALUES, min_size=BLOCKS, max_size=BLOCKS), st.lists(ACTIONS, max_size=60), st.sampled_from([3, 6, 1000]))
+@given(
+    st.lists(VALUES, min_size=BLOCKS, max_size=BLOCKS), st.lists(ACTIONS, max_size=60), st.sampled_from([3, 6, 1000])
+)
 def test_any_interleaving_ends_equal(content, actions, capacity):
     stream = ComparedStream(content=content, capacity=capacity)
     stream.connect()
