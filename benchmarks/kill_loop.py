@@ -1,6 +1,6 @@
 """Kill tap and shipper under load, again and again: does the guest's QEMU survive it?
 
-    python benchmarks/kill_loop.py --kills 200 [--mode none|qsd] [--qemu /usr/bin/qemu-system-x86_64]
+    python benchmarks/kill_loop.py --kills 200 [--mode none|qsd|guest] [--qemu /usr/bin/qemu-system-x86_64]
 
 Run it on your own QEMU before you trust the guest's life to it.
 
@@ -10,6 +10,10 @@ phases: `first sync`; `live` (order proven); `catching up` (the tap came back a 
 failed); `view` (live, while a view server is being read from). Only kills with writes in flight in the phase meant
 count. Before each live or view phase the load rests for a moment, and a checkpoint is compared with the disk, bit for
 bit.
+
+`guest` kills under two real guests of a lab, whose witnesses write with O_DIRECT to virtio disks and whose supervisor
+mends: phases `first sync`, `live`, `catching up`, `view` (a test runs from a view) and `full pass`. At its end the
+guests' logs are looked through, and every checkpoint that is listed is judged by the witness.
 
 A death is a QEMU that ended, or a write that failed for the guest. Trouble is a recovery that did not come in time or
 a checkpoint that was wrong. The exit code is 1 when there was either.
@@ -32,11 +36,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.kill_guest import run_guest
 from benchmarks.kill_stream import StreamBench
 from benchmarks.lab_world import machine
 from drctl.errors import DrctlError
 
-BINARIES = {"none": "qemu-system-x86_64", "qsd": "qemu-storage-daemon"}
+BINARIES = {"none": "qemu-system-x86_64", "qsd": "qemu-storage-daemon", "guest": "qemu-system-x86_64"}
 #: Of each phase in one cycle: which processes each kill takes.
 ROUNDS = {
     "first sync": (("tap",), ("shipper",)),
@@ -139,7 +144,10 @@ def main() -> int:
     binary = arguments.qemu or BINARIES[arguments.mode]
     version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     started, load = time.monotonic(), round(os.getloadavg()[0], 1)
-    tally = run(arguments.kills, arguments.mode, binary)
+    if arguments.mode == "guest":
+        tally = run_guest(arguments.kills, Tally())
+    else:
+        tally = run(arguments.kills, arguments.mode, binary)
     result = {
         "qemu": version,
         "mode": arguments.mode,
