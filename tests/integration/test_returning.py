@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 
-from drctl.errors import DrctlError
+from drctl.errors import DrctlError, StepFailed
 from drctl.lab import lab, layout, process
 from drctl.lab.judge import judge
 from drctl.store.group_store import GroupStore
@@ -47,7 +47,10 @@ class Lives:
     def shutdown(self, *guests: str) -> None:
         """In order, by the power button."""
         for guest in guests:
-            self.rig.virsh("alpha", "shutdown", guest)
+            try:
+                self.rig.virsh("alpha", "shutdown", guest)
+            except StepFailed as exc:  # a guest whose agent is quick is off before the command returns
+                assert "not running" in exc.message
         self.await_off(*guests)
 
     def start(self, *guests: str) -> None:
