@@ -10,6 +10,7 @@ import msgspec
 
 from drctl.appliance.image_stamp import Stamp
 from drctl.errors import IntegrityError
+from drctl.model.move import OnTimeout
 from drctl.store import atomic
 
 FORMAT = 1
@@ -22,13 +23,6 @@ class HandoverPhase(StrEnum):
     FINAL = "final"
     HANDED_OVER = "handed-over"
     TAKING_BACK = "taking-back"
-
-
-class OnTimeout(StrEnum):
-    """What to do about a guest that does not power off in time."""
-
-    ABORT = "abort"
-    SUSPEND = "suspend"
 
 
 class FinalMark(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from drctl.appliance.recovery_forecast import scratch_limit
 from drctl.appliance.recovery_guard import Background
 from drctl.appliance.recovery_ports import Progress, Tools
 from drctl.appliance.recovery_reign import Reigns
-from drctl.appliance.recovery_state import LIVE, RecoveryFiles, RecoveryKind, RecoveryPhase, RecoveryRecord
+from drctl.appliance.recovery_state import LIVE, RecoveryFiles, RecoveryKind, RecoveryPhase
 from drctl.appliance.recovery_steps import PARALLEL
 from drctl.appliance.recovery_works import Work, Works, in_thread
 from drctl.errors import DrctlError, WrongPhase
@@ -152,12 +152,6 @@ class Recovery:
             for r in self._works.records()
             if r.group == group and r.phase is not RecoveryPhase.ENDED
         ]
-
-    def newest_reign(self, group: str) -> RecoveryRecord | None:
-        """The failover or switchover that reigns here now, or is final."""
-        phases = {RecoveryPhase.ROLLED_BACK, RecoveryPhase.ENDED}
-        found = [r for r in self._works.records() if not r.test and r.group == group and r.phase not in phases]
-        return found[-1] if found else None
 
     # -- inside --------------------------------------------------------------------------------------------------
 

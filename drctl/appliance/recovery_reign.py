@@ -12,7 +12,6 @@ from drctl.appliance.recovery_ports import Progress
 from drctl.appliance.recovery_rollback import discarded, remove_kept, roll_back
 from drctl.appliance.recovery_state import (
     Auto,
-    AutoAction,
     RecoveryKind,
     RecoveryPhase,
     RecoveryRecord,
@@ -20,6 +19,7 @@ from drctl.appliance.recovery_state import (
 from drctl.appliance.recovery_works import Work, Works
 from drctl.errors import DrctlError, Refused, SourceAlive, WrongPhase
 from drctl.model.checkpoint import Checkpoint, CheckpointKind
+from drctl.model.move import Settlement
 
 #: The overlays of what was rolled back are kept this long.
 KEEP_ROLLED_BACK_SECONDS = 7 * 86400.0
@@ -143,7 +143,7 @@ class Reigns:
         if seconds <= 0:
             raise Refused("the time after which to commit or roll back must be more than 0")
         try:
-            action = AutoAction(str(asked["action"]))
+            action = Settlement(str(asked["action"]))
         except ValueError as exc:
             raise Refused(f"{asked['action']!r} is neither commit nor rollback") from exc
         return Auto(action, self._tools.clock.time() + seconds)
@@ -274,7 +274,7 @@ class Reigns:
                 self._begin(work, "roll-back", self._strike_rollback)
             elif (auto := record.auto) is not None and not auto.cancelled and now >= auto.due:
                 log.warning("%s: %s by the clock", record.group, auto.action)
-                strike = self._strike_commit if auto.action is AutoAction.COMMIT else self._strike_rollback
+                strike = self._strike_commit if auto.action is Settlement.COMMIT else self._strike_rollback
                 self._begin(work, auto.action.value, strike)
 
     def _begin(self, work: Work, name: str, action: Callable[[Work], None]) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from drctl.errors import IntegrityError, NotFound, UnsupportedFormat
 from drctl.model.checkpoint import Checkpoint
+from drctl.model.move import Settlement
 from drctl.store import atomic
 
 FORMAT = 1
@@ -98,16 +99,11 @@ class RecoveredMachine:
     stalls: int = 0
 
 
-class AutoAction(StrEnum):
-    COMMIT = "commit"
-    ROLLBACK = "rollback"
-
-
 @dataclass(slots=True)
 class Auto:
     """What the appliance does by itself at `due` (wall seconds), unless `cancelled` says why not."""
 
-    action: AutoAction
+    action: Settlement
     due: float
     cancelled: str = ""
 

@@ -21,7 +21,6 @@ from drctl.appliance.handover_record import (
     Handover,
     HandoverFiles,
     HandoverPhase,
-    OnTimeout,
 )
 from drctl.appliance.image_stamp import RUNNING, Stamp
 from drctl.errors import (
@@ -33,6 +32,7 @@ from drctl.errors import (
     WrongPhase,
 )
 from drctl.model.machine import MachineState
+from drctl.model.move import OnTimeout
 from drctl.model.phase import Phase
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -10,16 +9,11 @@ import typer
 from drctl.cli import recovery
 from drctl.cli.context import Context
 from drctl.cli.options import seconds
+from drctl.model.move import Settlement
 from drctl.model.site import Host
 
-
-class Action(StrEnum):
-    COMMIT = "commit"
-    ROLLBACK = "rollback"
-
-
 Auto = Annotated[
-    Action | None,
+    Settlement | None,
     typer.Option(
         "--auto",
         metavar="commit|rollback",
@@ -35,7 +29,7 @@ CancelAuto = Annotated[
 ]
 
 
-def given(auto: Action | None, after: float | None) -> dict[str, Any] | None:
+def given(auto: Settlement | None, after: float | None) -> dict[str, Any] | None:
     """The two options as the appliance takes them. Raises BadParameter when one is without the other."""
     if (auto is None) != (after is None):
         raise typer.BadParameter("--auto and --after go together: --auto rollback --after 4h")

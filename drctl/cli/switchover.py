@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -14,14 +13,10 @@ from drctl.cli.inventory import READ_TIMEOUT, side, take_inventory
 from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
 from drctl.errors import DrctlError, PreconditionFailed, StepFailed
+from drctl.model.move import OnTimeout
 from drctl.model.site import Host
 
 app = noun("Move a group to its recovery site without loss.")
-
-
-class OnTimeout(StrEnum):
-    ABORT = "abort"
-    SUSPEND = "suspend"
 
 
 _STEPS = {

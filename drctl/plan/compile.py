@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from drctl.errors import PreconditionFailed
+from drctl.model.move import Settlement
 from drctl.plan.inventory import Ability, Ending, GroupFacts, Inventory, Progress
-from drctl.plan.plan import Check, Manual, Mode, OnFailure, Plan, Script, Settlement, Stage, Vm, When, Where
+from drctl.plan.plan import Check, Manual, Mode, OnFailure, Plan, Script, Stage, Vm, When, Where
 from drctl.plan.step import Compiled, MachineOrder, Options, Recovery, Step, StepKind, spell_id
 
 #: Opening views, writing overlays and definitions takes seconds; a switchover also shuts guests down (their own limit

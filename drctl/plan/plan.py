@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from drctl.model.move import Settlement
+
 
 class Mode(StrEnum):
     """What a run does with the plan's groups; the three verbs of the command line."""
@@ -55,13 +57,6 @@ class Mac(StrEnum):
 
     KEEP = "keep"
     NEW = "new"
-
-
-class Settlement(StrEnum):
-    """What the recovery site does by itself after a time."""
-
-    COMMIT = "commit"
-    ROLLBACK = "rollback"
 
 
 @dataclass(frozen=True, slots=True)

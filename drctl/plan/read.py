@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from drctl.errors import ConfigInvalid
+from drctl.model.move import Settlement
 from drctl.plan.plan import (
     Mac,
     Manual,
     OnFailure,
     Plan,
     Script,
-    Settlement,
     Stage,
     Vm,
     When,

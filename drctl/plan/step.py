@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from drctl.model.move import Settlement
 from drctl.plan.inventory import Ending
-from drctl.plan.plan import Check, Mac, Manual, Mode, OnFailure, Plan, Script, Settlement
+from drctl.plan.plan import Check, Mac, Manual, Mode, OnFailure, Plan, Script
 
 
 class StepKind(StrEnum):

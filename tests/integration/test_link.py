@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import random
 import shutil
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from drctl.model.group import Retention
 from drctl.store.group_store import GroupStore
 from drctl.wire.ring import Word
-from tests.integration.link_rig import LinkRig, MiB, call, until
+from tests.integration.link_rig import MiB, call, until
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="needs qemu-nbd (qemu-utils)")
-
-
-@pytest.fixture
-def make_rig(tmp_path):
-    short = Path(tempfile.mkdtemp(prefix="dl-", dir="/tmp"))
-    rigs = []
-
-    def make(**options):
-        rig = LinkRig(tmp_path, short, **options)
-        rigs.append(rig)
-        return rig
-
-    yield make
-    for rig in rigs:
-        rig.close()
-    shutil.rmtree(short)
 
 
 @pytest.fixture

@@ -5,36 +5,18 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import tempfile
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 from drctl.store.signatures import SignatureStore
-from tests.integration.link_rig import LinkRig, MiB, call, until
+from tests.integration.link_rig import MiB, call, until
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="needs qemu-nbd (qemu-utils)")
 
 KiB = 1024
-
-
-@pytest.fixture
-def make_rig(tmp_path):
-    short = Path(tempfile.mkdtemp(prefix="dl-", dir="/tmp"))
-    rigs = []
-
-    def make(**options):
-        rig = LinkRig(tmp_path, short, **options)
-        rigs.append(rig)
-        return rig
-
-    yield make
-    for rig in rigs:
-        rig.close()
-    shutil.rmtree(short)
 
 
 def live(rig, filled=0.75):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from drctl.appliance.handover_record import FinalMark, HandoverFiles, HandoverPhase, OnTimeout
+from drctl.appliance.handover_record import FinalMark, HandoverFiles, HandoverPhase
 from drctl.appliance.source_handover import Handing, begin, why_not
 from drctl.errors import HypervisorRefused, NotFound, PreconditionFailed, StepFailed, WrongPhase
 from drctl.model.machine import MachineState
+from drctl.model.move import OnTimeout
 from drctl.model.phase import Phase
 
 RUNNING, OFF, PAUSED = MachineState.RUNNING, MachineState.SHUT_OFF, MachineState.PAUSED

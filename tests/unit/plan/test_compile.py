@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drctl.errors import PreconditionFailed
+from drctl.model.move import Settlement
 from drctl.plan.compile import compile_plan
 from drctl.plan.engine import Verdict
 from drctl.plan.inventory import Ability, Ending, Progress
-from drctl.plan.plan import Mode, Settlement
+from drctl.plan.plan import Mode
 from drctl.plan.read import parse_plan
 from drctl.plan.step import Compiled, Options, Recovery, StepKind
 from tests.unit.plan.world import Killed, World, inventory, run

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drctl.errors import ConfigInvalid
-from drctl.plan.plan import CheckKind, Mac, Mode, OnFailure, Plan, Settlement, When, Where, find_cycle
+from drctl.model.move import Settlement
+from drctl.plan.plan import CheckKind, Mac, Mode, OnFailure, Plan, When, Where, find_cycle
 from drctl.plan.read import decode_plan, load_plan, parse_plan, read_plan
 from drctl.toml.table import parse_toml
 
