@@ -40,6 +40,10 @@ class RingState(Protocol):
         """The tap's heartbeat is fresh: a dead tap goes unnoticed by an idle guest's QEMU."""
         ...
 
+    def tap_runs(self) -> bool:
+        """The tap's process is there. Known at once, where a beat may be a second old."""
+        ...
+
     def losses(self) -> int:
         """Losses of order so far, but for connections that said goodbye."""
         ...
@@ -136,14 +140,6 @@ class Tapping:
             self._ring.prove(stamp, sequence, losses)
             return ""
 
-    def recover(self, state: GroupState, machines: Iterable[Machine]) -> None:
-        """Bring all mirrors back to `ready` after a tap's restart. Raises HypervisorRefused when one does not."""
-        for machine in machines:
-            if machine.state in RUNNING:
-                monitor = self._monitor(machine.name)
-                for disk in _disks_of(state, machine.name):
-                    self._mirror(state, disk, monitor).recover(partial(self._connected, disk.number))
-
     def detach(self, state: GroupState, machines: Iterable[Machine], place: Place) -> list[str]:
         """Remove all of drctl's mirrors from the machines; what could not be removed, in words."""
         left: list[str] = []
@@ -211,7 +207,11 @@ class Tapping:
         return words
 
     def _connected(self, number: int) -> bool:
-        """A dead tap leaves its CONNECTION words set, and an idle guest does not notice: the beat must be fresh."""
+        """A dead tap leaves its CONNECTION words set, and an idle guest does not notice: the beat must be fresh.
+
+        Raises StepFailed when the tap has ended: it is not to be waited for, the next look starts another."""
+        if not self._ring.tap_runs():
+            raise StepFailed("the tap ended while order was being proven")
         return self._ring.beating() and self._ring.connection(number) != 0
 
     def _demand_beat(self) -> None:

@@ -116,6 +116,9 @@ class Worker:
         age = time.monotonic_ns() - self.ring.words[Word.HEARTBEAT]
         return age < FRESH_SECONDS * 1e9
 
+    def tap_runs(self) -> bool:
+        return self._processes.find(self._tap_name) is not None
+
     def dropping(self) -> bool:
         return bool(self.ring.words[Word.DROPPING])
 
