@@ -28,3 +28,20 @@ def test_old_samples_fade():
     for _ in range(8):
         clock.sample(0, 10, 1005)
     assert clock.offset_ns == 1000
+
+
+def test_a_clock_that_was_set_is_believed_at_once_whatever_the_round_trip():
+    clock = ClockOffset()
+    for _ in range(8):
+        clock.sample(0, 100_000, 50_000)
+    clock.sample(0, 900_000, 3_600_000_450_000)
+    assert clock.offset_ns == 3_600_000_000_000
+    assert clock.round_trip_ns == 900_000
+
+
+def test_a_slow_link_and_a_drift_are_no_step():
+    clock = ClockOffset()
+    clock.sample(0, 100_000, 50_000)
+    clock.sample(0, 40_000_000, 5_000_000)  # all of its 40 ms may have been the way back
+    clock.sample(0, 110_000, 6_055_000)
+    assert clock.offset_ns == 0
