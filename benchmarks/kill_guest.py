@@ -80,8 +80,13 @@ class GuestBench:
             self.faults.await_live(120)
             old = self.faults.kill("tap")
             self.faults.await_(lambda old=old: self._other_tap(old), "another tap", 30)
-            time.sleep(random.random() * 0.3)
+            self._await_writes(5)  # QEMU has to find out that the new tap is there
             self.kill("catching up", self.faults.status()["phase"] != "live")
+
+    def _await_writes(self, seconds: float) -> None:
+        before, deadline = self.writes(), time.monotonic() + seconds
+        while self.writes() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _other_tap(self, old: int) -> bool:
         try:
