@@ -4,6 +4,7 @@ The only module of the command line that constructs clients. Everything is made 
 
 from __future__ import annotations
 
+import copy
 import os
 import pwd
 import time
@@ -167,6 +168,12 @@ class Context:
         return self.client(host).call(
             method, {**params, **lease, "by": self.settings.operator}, on_progress=on_progress, timeout=timeout
         )
+
+    def under(self, lease: str) -> Context:
+        """The same run of the command line, whose calls carry this lease: who works on several groups has several."""
+        other = copy.copy(self)
+        other.lease = lease
+        return other
 
     def header(self) -> None:
         """Say on stderr which configuration and sites this command read."""

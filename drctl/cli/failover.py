@@ -19,6 +19,9 @@ from drctl.model.site import Host
 
 app = noun("Recover a group at the other site after a disaster.")
 
+SourceIsDown = Annotated[
+    str, typer.Option("--source-is-down", metavar="REASON", help="Say why the source can't run; it is recorded.")
+]
 #: Newest checkpoints that `--candidates` shows besides every tagged or quiesced one.
 CANDIDATES = 20
 
@@ -39,9 +42,7 @@ def failover(
     candidates: Annotated[
         bool, typer.Option("--candidates", help="Show the checkpoints to choose from, do nothing.")
     ] = False,
-    source_is_down: Annotated[
-        str, typer.Option("--source-is-down", metavar="REASON", help="Say why the source can't run; it is recorded.")
-    ] = "",
+    source_is_down: SourceIsDown = "",
     auto_action: auto.Auto = None,
     after: auto.After = None,
     cancel_auto: auto.CancelAuto = False,
@@ -60,7 +61,7 @@ def failover(
     One machine's failure does not stop the others: exits with 3 when some failed, with 40 when none runs (42 from a
     dry run that forecasts it). Given again, it goes on with what has failed."""
     context = begin(ctx, output)
-    order = {"checkpoint": checkpoint, "source_is_down": source_is_down, "auto": auto.given(auto_action, after)}
+    order = {"source_is_down": source_is_down, "auto": auto.given(auto_action, after)}
     inventory = take_inventory(context)
     host = side(context, group, "recovery", inventory)
     if candidates:
@@ -73,7 +74,8 @@ def failover(
         context.screen.say(f"{group} is failed over to {host.site}/{host.name} already")
         picture = pictures.take(context, inventory, group)
         return _finish(context, standing, before=picture, after=picture)
-    forecast = _Forecast.made(context, inventory, host, group, checkpoint)
+    forecast = Forecast.made(context, inventory, host, group, checkpoint)
+    forecast.say()
     if dry_run:
         return forecast.leave_it_at_that()
     forecast.check(source_is_down)
@@ -82,26 +84,35 @@ def failover(
 
 
 @dataclass(frozen=True, slots=True)
-class _Forecast:
+class Forecast:
     """What a failover would do, as it was shown to the operator: `plan` by the recovery site, `seen` of the source."""
 
     context: Context
     inventory: Inventory
     host: Host
     group: str
+    selector: str
     plan: dict[str, Any]
     seen: dict[str, Any]
     before: list[dict[str, Any]]
 
     @classmethod
-    def made(cls, context: Context, inventory: Inventory, host: Host, group: str, checkpoint: str) -> _Forecast:
-        """Ask both sides, and say it all."""
+    def made(cls, context: Context, inventory: Inventory, host: Host, group: str, checkpoint: str) -> Forecast:
+        """Ask both sides."""
         plan = context.call(host, "failover.plan", group=group, checkpoint=checkpoint, timeout=60)
         before = pictures.take(context, inventory, group)
-        pictures.show(context, "before", before)
         seen = _look_at_source(inventory, plan, before, group)
-        _show_plan(context, host, plan, seen)
-        return cls(context, inventory, host, group, plan, seen, before)
+        return cls(context, inventory, host, group, checkpoint, plan, seen, before)
+
+    def say(self) -> None:
+        """Say all that was seen."""
+        pictures.show(self.context, "before", self.before)
+        _show_plan(self.context, self.host, self.plan, self.seen)
+
+    @property
+    def chosen(self) -> str:
+        """The checkpoint that was shown, as it is ordered then."""
+        return points.settle(self.selector, points.decode(self.plan["checkpoint"]))
 
     def leave_it_at_that(self) -> int:
         """A dry run's end: its document, and its exit code."""
@@ -159,16 +170,24 @@ class _Forecast:
     def carry_out(self, order: dict[str, Any]) -> int:
         """Boot it; the exit code. It goes to the checkpoint that was shown, or a newer one where that was `latest`."""
         context, group = self.context, self.group
-        shown = points.settle(str(order["checkpoint"]), points.decode(self.plan["checkpoint"]))
-        params = order | {"checkpoint": shown, "confirmed": group, "source_seen": self.seen["words"]}
-        narrator = recovery.narrator(context)
         with leased(context, group, "failover", self.inventory):
-            result = context.call(
-                self.host, "failover.run", group=group, on_progress=narrator, timeout=recovery.RUN_TIMEOUT, **params
-            )
+            result = self.boot(order)
         after = pictures.take(context, self.inventory, group)
         pictures.show(context, "after", after)
         return _finish(context, result, before=self.before, after=after)
+
+    def boot(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The same under the lease that the context carries: the recovery."""
+        params = order | {"checkpoint": self.chosen, "confirmed": self.group, "source_seen": self.seen["words"]}
+        result: dict[str, Any] = self.context.call(
+            self.host,
+            "failover.run",
+            group=self.group,
+            on_progress=recovery.narrator(self.context),
+            timeout=recovery.RUN_TIMEOUT,
+            **params,
+        )
+        return result
 
 
 def _finish(context: Context, result: dict[str, Any], **more: Any) -> int:

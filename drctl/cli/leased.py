@@ -21,18 +21,27 @@ def leased(context: Context, group: str, verb: str, inventory: Inventory | None 
     """Nobody else changes the group meanwhile; the calls inside carry the lease. Raises Locked, naming its holder.
 
     A recovery site that does not answer keeps no lease, and nothing can be changed there: then it goes on without."""
+    with lease(context, group, verb, inventory) as token:
+        before, context.lease = context.lease, token or context.lease
+        try:
+            yield
+        finally:
+            context.lease = before
+
+
+@contextmanager
+def lease(context: Context, group: str, verb: str, inventory: Inventory | None = None) -> Iterator[str]:
+    """The same for one of several groups: the token of its lease, for `Context.under`; empty where there is none."""
     taken = _take(context, group, verb, inventory)
     if taken is None:
-        yield
+        yield ""
         return
     host, token = taken
     ended = threading.Event()
     threading.Thread(target=_renew, args=(context, host, group, token, ended), daemon=True).start()
-    before, context.lease = context.lease, token
     try:
-        yield
+        yield token
     finally:
-        context.lease = before
         ended.set()
         with suppress(DrctlError):
             context.call(host, "lease.release", timeout=READ_TIMEOUT, group=group, token=token)

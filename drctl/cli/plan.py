@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from drctl.cli import plan_report, plan_show
+from drctl.cli.failover import SourceIsDown
 from drctl.cli.junit import write_junit
 from drctl.cli.options import DryRun, Format, Output, Selector, Yes, begin, examples, noun
 from drctl.cli.plan_files import find_plan, plan_path, plan_paths
 from drctl.cli.plan_inventory import from_appliances, from_files
+from drctl.cli.switchover import OnShutdownTimeout, ShutdownTimeout
 from drctl.errors import DrctlError
+from drctl.model.move import OnTimeout
 from drctl.plan.compile import compile_plan
 from drctl.plan.plan import Mode
 from drctl.plan.read import read_plan
@@ -132,7 +135,9 @@ def schema(ctx: typer.Context) -> None:
     epilog=examples(
         "drctl plan run shop --mode test --dry-run",
         "drctl plan run shop --mode test --yes --junit drill.xml",
+        "drctl plan run shop --mode switchover --yes",
         "drctl plan run shop --mode failover --dry-run --output json",
+        'drctl plan run shop --mode failover --source-is-down "fire in hall 2" --confirm shop',
     )
 )
 def run(
@@ -143,21 +148,36 @@ def run(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave a test's copies running at the end, to look at them.")
     ] = False,
+    source_is_down: SourceIsDown = "",
+    shutdown_timeout: ShutdownTimeout = "3m",  # type: ignore[assignment]  # the parser makes seconds of it
+    on_shutdown_timeout: OnShutdownTimeout = OnTimeout.ABORT,
     junit: Junit = None,
     dry_run: DryRun = False,
+    confirm: Annotated[
+        str,
+        typer.Option("--confirm", metavar="PLAN", help="The plan's name again, where nobody can be asked to type it."),
+    ] = "",
     yes: Yes = False,
     output: Output = Format.TEXT,
 ) -> int:
     """Carry out a plan: its steps in their order, machines in parallel, gated by health checks.
 
-    A dry run compiles the same steps and checks the same things, and ends with what would be done. This version carries
-    out tests; a switchover or failover of each group is given by its own command.
+    A dry run compiles the same steps and checks the same things, and ends with what would be done.
+
+    A switchover and a failover are guarded as drctl switchover and drctl failover are: for a failover the plan's name
+    has to be typed, or given by --confirm, and a source that is alive or may be alive needs --source-is-down. No group
+    can be changed by anybody else meanwhile. A run that failed or was stopped leaves what it had moved, unless the plan
+    says rollback; drctl run resume goes on with it.
 
     Exits with 40 when the plan ran and failed, with 41 when it was stopped, with 42 when it could not be run, with 44
     when what it made could not be cleaned up."""
     from drctl.cli import plan_run
 
     context = begin(ctx, output)
-    order: dict[str, Any] = {"checkpoint": checkpoint, "keep": keep}
-    attempt = plan_run.prepare(context, plan_path(context.config, plan), Mode(mode.value), Options(**order))
-    return attempt.dry_run(junit) if dry_run else attempt.carry_out(junit, yes=yes)
+    if keep and mode is not ModeName.TEST:
+        raise typer.BadParameter("--keep leaves a test's copies running; it goes with --mode test")
+    if checkpoint != "latest" and mode is ModeName.SWITCHOVER:
+        raise typer.BadParameter("a switchover loses nothing: it has no --checkpoint but its final one")
+    options = Options(checkpoint, keep, source_is_down, on_shutdown_timeout, shutdown_timeout)
+    attempt = plan_run.prepare(context, plan_path(context.config, plan), Mode(mode.value), options)
+    return attempt.dry_run(junit) if dry_run else attempt.carry_out(junit, yes=yes, confirm=confirm)

@@ -15,12 +15,14 @@ from drctl.cli import render
 from drctl.cli.context import Context
 from drctl.cli.junit import Case, Suite, write_junit
 from drctl.cli.person import Person
-from drctl.cli.plan_site import DrillSite
+from drctl.cli.plan_site import GroupSite
 from drctl.errors import CleanUpFailed, Interrupted, StepFailed
 from drctl.plan.engine import Engine, Verdict
 from drctl.plan.execute import Executed, Execution
+from drctl.plan.inventory import Ending
 from drctl.plan.output import tame_line
 from drctl.plan.perform import Performer, Surroundings
+from drctl.plan.plan import Mode
 from drctl.plan.record import RunRecord, read_record
 from drctl.plan.step import Compiled, Step, StepKind
 from drctl.store.run_log import RunLog
@@ -32,7 +34,7 @@ class Conduct:
 
     context: Context
     compiled: Compiled
-    site: DrillSite
+    site: GroupSite
     log: RunLog
     events: list[dict[str, Any]]
     directory: Path
@@ -87,6 +89,8 @@ class Conduct:
             context.screen.line(line)
         if target and took is not None and took > target:
             context.screen.say(f"warning: the RTO target of {render.duration(target)} was missed")
+        for line in self.site.ways if record.ending is not Ending.UNDO else ():
+            context.screen.say(line)
         _raise(record, executed)
         return 0
 
@@ -105,16 +109,26 @@ def _raise(record: RunRecord, executed: Executed) -> None:
     """The error that a verdict is, none for a good one."""
     failed = [f"{one.id}: {one.reason}" for one in record.steps.values() if one.outcome == "failed"]
     hint = f"drctl run show {record.run}"
+    test = record.mode == Mode.TEST.value
     if executed.verdict is Verdict.DIRTY:
-        raise CleanUpFailed(f"{record.run}: not all was cleaned up: {failed[-1]}", hint=f"drctl test list; {hint}")
+        words, look = ("cleaned up", "drctl test list") if test else ("rolled back", "drctl status")
+        raise CleanUpFailed(f"{record.run}: not all was {words}: {failed[-1]}", hint=f"{look}; {hint}")
     if executed.unrecorded is not None:
         raise executed.unrecorded
     if executed.verdict is Verdict.INTERRUPTED:
-        left = "its copies still run: drctl test list" if record.facts.get("keep") else "its copies are removed"
-        raise Interrupted(f"{record.run} was stopped; {left}", hint=hint)
+        raise Interrupted(f"{record.run} was stopped; {_left(record, test=test)}", hint=hint)
     if executed.verdict is Verdict.FAILED:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise StepFailed(f"{record.run} failed: {failed[0] if failed else record.why}{more}", hint=hint)
+
+
+def _left(record: RunRecord, *, test: bool) -> str:
+    """What is left of a run that was stopped."""
+    if test:
+        return "its copies still run: drctl test list" if record.facts.get("keep") else "its copies are removed"
+    if record.ending is Ending.UNDO:
+        return "what it had moved is rolled back"
+    return f"what it had moved stays; to go on: drctl run resume {record.run}"
 
 
 def narrate(context: Context, compiled: Compiled, event: Mapping[str, Any]) -> None:

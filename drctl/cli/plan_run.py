@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,20 +12,30 @@ from typing import Any
 
 from drctl import __version__
 from drctl.cli import plan_report, plan_show, render, runs
-from drctl.cli.confirm import propose
+from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.junit import write_junit
 from drctl.cli.plan_conduct import Conduct, rto
 from drctl.cli.plan_inventory import Stock, from_appliances
+from drctl.cli.plan_moves import MoveSite, Outlook, move_site
 from drctl.cli.plan_site import DrillSite
-from drctl.errors import ConfigInvalid, PreconditionFailed, Refused, SetupFailed, UnsupportedFormat, WrongPhase
+from drctl.errors import (
+    ConfigInvalid,
+    DrctlError,
+    PreconditionFailed,
+    Refused,
+    SetupFailed,
+    UnsupportedFormat,
+    WrongPhase,
+)
+from drctl.model.move import OnTimeout
 from drctl.plan.compile import compile_plan
 from drctl.plan.engine import Verdict
 from drctl.plan.findings import Finding, Severity, examine
 from drctl.plan.inventory import Ending
 from drctl.plan.plan import Mode, Plan
 from drctl.plan.read import load_plan
-from drctl.plan.record import FORMAT, RunRecord, read_record
+from drctl.plan.record import FORMAT, RunRecord, read_record, reopened
 from drctl.plan.step import Compiled, Options
 from drctl.store import atomic
 from drctl.store.run_log import RunLog, run_path
@@ -35,13 +45,15 @@ def prepare(context: Context, path: Path, mode: Mode, options: Options) -> Attem
     """The plan, compiled against what is true now. Raises ConfigInvalid, PreconditionFailed."""
     plan = load_plan(path)
     stock = from_appliances(context, plan.groups)
-    findings = examine(plan, stock.known)
-    return Attempt(context, path, plan, stock, compile_plan(plan, stock.known, mode, None, options), tuple(findings))
+    findings = tuple(examine(plan, stock.known, mode))
+    compiled = compile_plan(plan, stock.known, mode, None, options)
+    site = None if mode is Mode.TEST else move_site(context, plan.groups, mode, options)
+    return Attempt(context, path, plan, stock, compiled, findings, site, tuple(site.look()) if site else ())
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A run that could begin."""
+    """A run that could begin. A test has no `site` yet, and no `outlooks` of moves."""
 
     context: Context
     path: Path
@@ -49,10 +61,18 @@ class Attempt:
     stock: Stock
     compiled: Compiled
     findings: tuple[Finding, ...]
+    site: MoveSite | None = None
+    outlooks: tuple[Outlook, ...] = ()
 
     @property
     def errors(self) -> list[Finding]:
-        return [one for one in self.findings if one.severity is Severity.ERROR]
+        """What forbids the run. A failover can't wait for what is wrong at the source, or with one machine."""
+        hasty = self.compiled.mode is Mode.FAILOVER
+        return [one for one in self.findings if one.severity is Severity.ERROR and not (hasty and one.passable)]
+
+    @property
+    def problems(self) -> list[DrctlError]:
+        return [one.problem for one in self.outlooks if one.problem is not None]
 
     def dry_run(self, junit: Path | None) -> int:
         """Show what would be done and what stands in its way; 42 when it could not be run."""
@@ -74,42 +94,45 @@ class Attempt:
                 context.screen.line(line)
             forecast = self._forecast()
             context.screen.say(f"forecast: loss {self._loss()}, time {render.duration(forecast['seconds'])}")
+        for problem in self.problems:
+            context.screen.say(f"in the way: {problem.message}" + (f" ({problem.hint})" if problem.hint else ""))
         context.screen.say("dry run: nothing was changed")
-        return PreconditionFailed.exit_code if self.errors else 0
+        # That a source lives is no fault of the plan: in good times a forecast has to be possible all the same.
+        hard = [problem for problem in self.problems if not isinstance(problem, Refused)]
+        return PreconditionFailed.exit_code if self.errors or hard else 0
 
-    def carry_out(self, junit: Path | None, *, yes: bool) -> int:
+    def carry_out(self, junit: Path | None, *, yes: bool, confirm: str = "") -> int:
         """Run it; 0 when it passed. Raises PreconditionFailed, Refused, Interrupted before anything is done, and
         StepFailed, Interrupted, CleanUpFailed or OutOfSpace afterwards."""
         self._check()
         self._tell_findings()
         steps = [line.strip() for line in plan_show.lines(self.compiled) if not line.endswith(":")]
-        question = f"Run plan {self.plan.name} as a {self.compiled.mode}?"
+        by_name = self.compiled.mode is Mode.FAILOVER
+        question = "" if by_name else f"Run plan {self.plan.name} as a {self.compiled.mode}?"
         propose(self.context.screen, steps, dry_run=False, yes=yes, question=question)
+        if by_name:
+            confirm_name(self.context.screen, self.plan.name, typed=confirm, what="plan")
         directory = _writable(runs.run_directory(self.context))
-        with _alone(directory, self.plan.name):
+        with _alone(directory, self.plan.name), self.site.alone() if self.site else nullcontext():
             return self._carry_out(directory, junit)
 
     def _carry_out(self, directory: Path, junit: Path | None) -> int:
         context = self.context
         moment = datetime.fromtimestamp(context.clock.time(), UTC)
         name = f"{moment:%Y%m%dT%H%M%SZ}-{self.plan.name}-{secrets.token_hex(2)}"
-        site = DrillSite(context, self.plan.groups, name)
+        site = self.site or DrillSite(context, self.plan.groups, name)
         with RunLog.create(run_path(directory, name)) as log:
             events = [log.append(self._first(name), context.clock.time())]
             return Conduct(context, self.compiled, site, log, events, self.path.parent).run(name, junit)
 
     def _check(self) -> None:
-        """Raises PreconditionFailed when it could not be run."""
-        mode = self.compiled.mode
-        if mode is not Mode.TEST:
-            raise PreconditionFailed(
-                f"plan run carries out tests; a {mode} of this plan is not done by this version",
-                hint=f"--dry-run shows its steps; each group by itself: drctl {mode} {self.plan.groups[0]}",
-            )
+        """Raises PreconditionFailed when it could not be run, or what a group's own command would raise."""
         if self.errors:
             first = self.errors[0]
             more = f" (and {len(self.errors) - 1} more)" if len(self.errors) > 1 else ""
             raise PreconditionFailed(f"{first}{more}", hint=first.hint or f"drctl plan validate {self.plan.name}")
+        if self.problems:
+            raise self.problems[0]
 
     def _tell_findings(self) -> None:
         for one in self.findings:
@@ -131,6 +154,8 @@ class Attempt:
             "keep": self.compiled.options.keep,
             "operator": self.context.settings.operator,
             "version": __version__,
+            "loss_seconds": self._forecast()["loss_seconds"],
+            **(_order(self.site) if self.site else {}),
             "steps": [step.id for step in self.compiled.steps],
         }
 
@@ -140,6 +165,7 @@ class Attempt:
         loss = {name: (self.stock.loss or {}).get(name) for name in self.plan.groups}
         if self.compiled.mode is Mode.SWITCHOVER:
             loss = dict.fromkeys(self.plan.groups, 0.0)
+        loss |= {one.group: one.loss for one in self.outlooks if one.loss is not None}
         return {"loss_seconds": loss, "seconds": rto(last) if last else None, "last_run": last.run if last else None}
 
     def _loss(self) -> str:
@@ -160,22 +186,59 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
             raise WrongPhase(f"{name} was killed before it began anything", hint="begin a new one: drctl plan run")
         if int(record.facts.get("format") or 0) > FORMAT:
             raise UnsupportedFormat(f"{name} was written by a newer drctl", hint="go on with that one")
-        if record.verdict not in ("", Verdict.DIRTY):
+        if record.verdict == Verdict.PASSED or (record.verdict and not _has_rest(record)):
             raise WrongPhase(f"{name} has ended: {record.verdict}", hint=f"drctl run show {name}")
         plan, path = _same_plan(record)
-        site = DrillSite(context, plan.groups, name)
-        recovered, up = site.standing()
-        progress = replace(record.progress(), recovered=recovered, up=up)
+        mode, options = Mode(record.mode), _options(record)
+        site = DrillSite(context, plan.groups, name) if mode is Mode.TEST else _moved(context, plan, record)
+        again = reopened(record)
+        recovered, up = site.standing(again.ending)
+        progress = replace(again.progress(), recovered=recovered, up=up)
         stock = from_appliances(context, plan.groups)
-        options = Options(str(record.facts["checkpoint"]), keep=bool(record.facts["keep"]))
-        compiled = compile_plan(plan, stock.known, Mode(record.mode), progress, options)
+        compiled = compile_plan(plan, stock.known, mode, progress, options)
         steps = [f"go on with {name}: {_left(compiled)}"]
         if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question="Go on with it?"):
             return 0
-        with _alone(directory, plan.name):
+        with _alone(directory, plan.name), site.alone() if isinstance(site, MoveSite) else nullcontext():
             resumed = {"event": "resumed", "operator": context.settings.operator}
             events.append(log.append(resumed, context.clock.time()))
             return Conduct(context, compiled, site, log, events, path.parent).run(name, junit)
+
+
+def _has_rest(record: RunRecord) -> bool:
+    """Whether a run that has ended can go on: it left something, or what it recovered stands as it was then."""
+    return record.verdict == Verdict.DIRTY or record.ending is Ending.LEAVE
+
+
+def _options(record: RunRecord) -> Options:
+    facts = record.facts
+    options = Options(str(facts["checkpoint"]), keep=bool(facts["keep"]))
+    if record.mode == Mode.TEST.value:
+        return options
+    return replace(
+        options,
+        source_is_down=str(facts["source_is_down"]),
+        on_timeout=OnTimeout(facts["on_shutdown_timeout"]),
+        shutdown_seconds=float(facts["shutdown_seconds"]),
+    )
+
+
+def _order(site: MoveSite) -> dict[str, Any]:
+    """What a resumed run has to know of a move."""
+    return {
+        "source_is_down": site.options.source_is_down,
+        "on_shutdown_timeout": site.options.on_timeout.value,
+        "shutdown_seconds": site.options.shutdown_seconds,
+        "checkpoints": site.chosen,
+        "moved_before": sorted(site.before),
+    }
+
+
+def _moved(context: Context, plan: Plan, record: RunRecord) -> MoveSite:
+    site = move_site(context, plan.groups, Mode(record.mode), _options(record))
+    site.chosen = {str(group): str(chosen) for group, chosen in dict(record.facts["checkpoints"]).items()}
+    site.before = frozenset(map(str, record.facts["moved_before"]))
+    return site
 
 
 def _writable(directory: Path) -> Path:
@@ -212,7 +275,7 @@ def _same_plan(record: RunRecord) -> tuple[Plan, Path]:
 
 def _left(compiled: Compiled) -> str:
     """What is left to do, in a few words."""
-    if compiled.ending is Ending.CLEAN_UP:
-        return "it was cleaning up"
+    if compiled.ending is not None:
+        return "it was cleaning up" if compiled.ending is Ending.CLEAN_UP else "it was rolling back"
     left = sum(not step.satisfied for step in compiled.forward)
     return f"{left} of {len(compiled.forward)} steps are left, checks are done again"

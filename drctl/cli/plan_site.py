@@ -1,10 +1,11 @@
-"""The recovery sites of a plan's groups, as its run sees them: tests by `test.start` and `test.stop`.
+"""The recovery sites of a plan's groups, as its run sees them: what every mode has in common, and tests.
 
 An appliance boots a group as a whole, so a machine's step waits until it runs. Used from several threads."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from drctl.cli.inventory import READ_TIMEOUT, side
 from drctl.cli.recovery import RUN_TIMEOUT
 from drctl.errors import DrctlError, PreconditionFailed, StepFailed
 from drctl.model.site import Host
-from drctl.plan.plan import Mode
+from drctl.plan.inventory import Ending
 from drctl.plan.step import MachineOrder, Recovery
 
 #: Between two looks at a machine that does not run yet.
@@ -22,9 +23,74 @@ _LOOK = 0.5
 _GONE = ("stopped",)
 
 
-class DrillSite:
-    """Implements plan.perform.RecoverySite for mode test. Its tests carry the run's name as their label, so that they
-    are known again. Invariant: stops no test that this run did not start."""
+class GroupSite(ABC):
+    """What a run needs of the recovery sites (plan.perform.RecoverySite), where a mode makes no difference."""
+
+    #: What is said at the end of a run about how to go on, line by line.
+    ways: Sequence[str] = ()
+
+    @abstractmethod
+    def recover(self, order: Recovery, cancelled: threading.Event) -> Mapping[str, Any]:
+        """Boot the group's machines. Raises DrctlError; StepFailed when none of them runs."""
+
+    @abstractmethod
+    def hold(self, group: str) -> Mapping[str, Any]: ...
+
+    @abstractmethod
+    def undo(self, group: str) -> Mapping[str, Any]: ...
+
+    @abstractmethod
+    def clean_up(self, group: str) -> Mapping[str, Any]: ...
+
+    @abstractmethod
+    def standing(self, ending: Ending | None = None) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+        """The groups that are recovered by this run, and the machines (group, name) that run. Raises DrctlError.
+
+        While the run is undone (`ending`): all of which anything is left to be undone."""
+
+    @abstractmethod
+    def machine(self, group: str, name: str) -> Mapping[str, Any]:
+        """A machine of the group's recovery as its appliance tells it; its `state` says where it can't. Never raises
+        DrctlError."""
+
+    def boot(self, group: str, order: MachineOrder, cancelled: threading.Event) -> Mapping[str, Any]:
+        """Wait until the machine runs. Raises StepFailed when it failed."""
+        while True:
+            machine = self.machine(group, order.name)
+            state = machine.get("state")
+            if state == "running":
+                return {"notes": machine["notes"]} if machine.get("notes") else {}
+            if state == "failed":
+                raise StepFailed(str(machine.get("reason") or f"{order.name} does not run"))
+            if cancelled.wait(_LOOK):
+                raise StepFailed(f"given up; {order.name} is {state}")
+
+    def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
+        raise StepFailed(f"{machine}: the appliance gives no access to its guest agent yet")
+
+    def console(self, group: str, machine: str) -> str:
+        raise StepFailed(f"{machine}: the appliance gives no access to its console yet")
+
+
+def recovered_facts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record keeps of a recovery. Raises StepFailed when none of its machines runs."""
+    if result.get("state") == "failed":
+        reasons = [str(one["reason"]) for one in result.get("machines") or () if one.get("reason")]
+        reason = (reasons or [result.get("reason") or "unknown"])[0]
+        raise StepFailed(f"no machine of {result.get('group')} runs: {reason}")
+    checkpoint = result.get("checkpoint") or {}
+    return {
+        "recovery": str(result["id"]),
+        "checkpoint": checkpoint.get("number"),
+        "checkpoint_time": checkpoint.get("time"),
+        "started": result.get("started"),
+        "rto_seconds": result.get("rto_seconds"),
+    }
+
+
+class DrillSite(GroupSite):
+    """Mode test, by `test.start` and `test.stop`. Its tests carry the run's name as their label, so that they are known
+    again. Invariant: stops no test that this run did not start."""
 
     def __init__(self, context: Context, groups: Sequence[str], run: str) -> None:
         self._context = context
@@ -34,10 +100,7 @@ class DrillSite:
         self._tests: dict[str, str] = {}
 
     def recover(self, order: Recovery, cancelled: threading.Event) -> Mapping[str, Any]:
-        """Boot copies of the group's machines. Raises DrctlError; StepFailed when none of them runs."""
         del cancelled  # the appliance takes down by itself what it could not start
-        if order.mode is not Mode.TEST:
-            raise PreconditionFailed(f"mode {order.mode} is not carried out by this version")
         group, host = order.group, self._hosts[order.group]
         self._before[group] = frozenset(str(one["id"]) for one in self._list(group))
         wanted = [machine.name for machine in order.machines if machine.boot]
@@ -52,27 +115,7 @@ class DrillSite:
             timeout=RUN_TIMEOUT,
         )
         self._tests[group] = str(result["id"])
-        if result.get("state") == "failed":
-            reasons = [str(one["reason"]) for one in result.get("machines") or () if one.get("reason")]
-            raise StepFailed(f"no copy of {group} runs: {(reasons or [result.get('reason') or 'unknown'])[0]}")
-        checkpoint = result.get("checkpoint") or {}
-        return {
-            "recovery": self._tests[group],
-            "checkpoint": checkpoint.get("number"),
-            "checkpoint_time": checkpoint.get("time"),
-        }
-
-    def boot(self, group: str, order: MachineOrder, cancelled: threading.Event) -> Mapping[str, Any]:
-        """Wait until the machine runs. Raises StepFailed when it failed."""
-        while True:
-            machine = self._machine(group, order.name)
-            state = machine.get("state")
-            if state == "running":
-                return {"notes": machine["notes"]} if machine.get("notes") else {}
-            if state == "failed":
-                raise StepFailed(str(machine.get("reason") or f"{order.name} does not run"))
-            if cancelled.wait(_LOOK):
-                raise StepFailed(f"given up; {order.name} is {state}")
+        return recovered_facts(result)
 
     def hold(self, group: str) -> Mapping[str, Any]:
         raise PreconditionFailed(f"{group}: a test is not rolled back by itself")
@@ -90,14 +133,9 @@ class DrillSite:
             self._context.call(self._hosts[group], "test.stop", id=identity, timeout=RUN_TIMEOUT)
         return {"removed": own}
 
-    def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
-        raise StepFailed(f"{machine}: the appliance gives no access to its guest agent yet")
-
-    def console(self, group: str, machine: str) -> str:
-        raise StepFailed(f"{machine}: the appliance gives no access to its console yet")
-
-    def standing(self) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    def standing(self, ending: Ending | None = None) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
         """The groups of which copies stand, and the machines (group, name) that run. Raises DrctlError."""
+        del ending
         groups: set[str] = set()
         up: set[tuple[str, str]] = set()
         for group in self._hosts:
@@ -108,6 +146,18 @@ class DrillSite:
                     machines = test.get("machines") or ()
                     up |= {(group, str(one["name"])) for one in machines if one.get("state") == "running"}
         return frozenset(groups), frozenset(up)
+
+    def machine(self, group: str, name: str) -> Mapping[str, Any]:
+        try:
+            tests = self._list(group)
+        except DrctlError as exc:
+            return {"state": f"unknown: {exc.message}"}
+        test = next((one for one in tests if self._is_ours(group, one)), None)
+        if test is None:
+            return {"state": "failed", "reason": f"the test {self._tests.get(group, '')} of {group} is gone"}
+        machines: list[dict[str, Any]] = test.get("machines") or []
+        found = next((one for one in machines if one["name"] == name), None)
+        return found or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}
 
     def _is_ours(self, group: str, test: Mapping[str, Any]) -> bool:
         """Told by its label, or, where the appliance keeps none, by the id that starting it returned."""
@@ -131,15 +181,3 @@ class DrillSite:
             self._hosts[group], "test.list", group=group, timeout=4 * READ_TIMEOUT
         )
         return found
-
-    def _machine(self, group: str, name: str) -> Mapping[str, Any]:
-        try:
-            tests = self._list(group)
-        except DrctlError as exc:
-            return {"state": f"unknown: {exc.message}"}
-        test = next((one for one in tests if self._is_ours(group, one)), None)
-        if test is None:
-            return {"state": "failed", "reason": f"the test {self._tests.get(group, '')} of {group} is gone"}
-        machines: list[dict[str, Any]] = test.get("machines") or []
-        found = next((one for one in machines if one["name"] == name), None)
-        return found or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}

@@ -58,6 +58,32 @@ def rollback(
     return _tell(context, plan, before, after)
 
 
+def undo(context: Context, group: str) -> dict[str, Any]:
+    """Roll a group back without asking, under the lease that the context carries; empty when nothing is to be undone.
+
+    Raises DrctlError."""
+    inventory = take_inventory(context)
+    target = side(context, group, "recovery", inventory)
+    source = inventory.find(group, "source")
+    stand = _stand(context, source, group)
+    if not is_moved(context, target, stand, group):
+        return {}
+    plan = _plan(context, target, source, stand, group)
+    if not plan["recovery_steps"] and not plan["source_steps"]:
+        return {}
+    _warn(context, inventory, source, group, plan)
+    return _carry_out(context, target, source, plan, group)
+
+
+def is_moved(context: Context, target: Host, stand: dict[str, Any], group: str) -> bool:
+    """Whether either side has begun to move the group to the recovery site; `stand` is what the source says."""
+    if stand.get("handover") or stand.get("phase") == "failed-over":
+        return True
+    status = context.call(target, "group.status", group=group, role="recovery", timeout=READ_TIMEOUT)
+    moves = [one for one in status.get("recoveries") or [] if one.get("kind") in recovery.REIGNS]
+    return status.get("mode") == "failed-over" or any(one.get("state") == "rolling-back" for one in moves)
+
+
 def _stand(context: Context, source: Place | None, group: str) -> dict[str, Any]:
     """What the source says of its part; empty without an answer."""
     if source is None:

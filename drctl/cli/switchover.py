@@ -18,7 +18,20 @@ from drctl.model.site import Host
 
 app = noun("Move a group to its recovery site without loss.")
 
-
+ShutdownTimeout = Annotated[
+    float,
+    typer.Option(
+        "--shutdown-timeout", parser=seconds, metavar="DURATION", help="Longest wait for each guest to power off."
+    ),
+]
+OnShutdownTimeout = Annotated[
+    OnTimeout,
+    typer.Option(
+        "--on-shutdown-timeout",
+        metavar="abort|suspend",
+        help="A guest that stays on: call it off (abort), or take it as it stands, as after a power cut (suspend).",
+    ),
+]
 _STEPS = {
     "final": "the final checkpoint is durable at the recovery site: nothing is missing there",
     "handed-over": "the source neither runs nor replicates the group any more",
@@ -36,20 +49,8 @@ _STEPS = {
 def switchover(
     ctx: typer.Context,
     group: GroupName,
-    shutdown_timeout: Annotated[
-        float,
-        typer.Option(
-            "--shutdown-timeout", parser=seconds, metavar="DURATION", help="Longest wait for each guest to power off."
-        ),
-    ] = "3m",  # type: ignore[assignment]  # the parser makes seconds of it
-    on_shutdown_timeout: Annotated[
-        OnTimeout,
-        typer.Option(
-            "--on-shutdown-timeout",
-            metavar="abort|suspend",
-            help="A guest that stays on: call it off (abort), or take it as it stands, as after a power cut (suspend).",
-        ),
-    ] = OnTimeout.ABORT,
+    shutdown_timeout: ShutdownTimeout = "3m",  # type: ignore[assignment]  # the parser makes seconds of it
+    on_shutdown_timeout: OnShutdownTimeout = OnTimeout.ABORT,
     after_time: auto.Auto = None,
     after: auto.After = None,
     cancel_auto: auto.CancelAuto = False,
@@ -79,23 +80,23 @@ def switchover(
     source = side(context, group, "source", inventory)
     before = pictures.take(context, inventory, group)
     pictures.show(context, "before", before)
-    plan = _plan(context, source, target, group)
+    plan = look(context, source, target, group)
     if not propose(
-        context.screen, _steps(plan, source, target), dry_run=dry_run, yes=yes, question=f"Switch {group} over?"
+        context.screen, steps_of(plan, source, target), dry_run=dry_run, yes=yes, question=f"Switch {group} over?"
     ):
         if context.screen.as_json:
             context.document("switchover-plan", plan=plan, before=before)
         return 0
     limits = {"on_timeout": on_shutdown_timeout.value, "shutdown_seconds": shutdown_timeout}
     with leased(context, group, "switchover", inventory):
-        result, final = _carry_out(context, source, target, group, limits | {"auto": order})
+        result, final = carry_out(context, source, target, group, limits | {"auto": order})
     after_it = pictures.take(context, inventory, group)
     pictures.show(context, "after", after_it)
     _say_ways(context, result, final)
     return recovery.show(context, "switchover", result, loss_seconds=0.0, before=before, after=after_it)
 
 
-def _carry_out(
+def carry_out(
     context: Context, source: Host, target: Host, group: str, order: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both halves; (the recovery, the final checkpoint)."""
@@ -120,7 +121,7 @@ def _say_ways(context: Context, result: dict[str, Any], final: dict[str, Any]) -
         say(f"again, for those that failed: drctl switchover {group}; to go back: drctl rollback {group}")
 
 
-def _plan(context: Context, source: Host, target: Host, group: str) -> dict[str, Any]:
+def look(context: Context, source: Host, target: Host, group: str) -> dict[str, Any]:
     """What both sides say. Raises PreconditionFailed with all that stands in the way."""
     stand = context.call(source, "handover.plan", group=group, timeout=READ_TIMEOUT)
     forecast = context.call(target, "failover.plan", group=group, checkpoint="latest", timeout=60)
@@ -141,7 +142,8 @@ def _errors(forecast: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for one in forecast.get("findings") or [] if one.get("severity") == "error"]
 
 
-def _steps(plan: dict[str, Any], source: Host, target: Host) -> list[str]:
+def steps_of(plan: dict[str, Any], source: Host, target: Host) -> list[str]:
+    """What would be done by what `look` found, in words."""
     forecast = plan["recovery"]
     names = [str(machine["name"]) for machine in forecast.get("machines") or []]
     done = plan["source"].get("handover")

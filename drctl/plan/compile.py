@@ -17,8 +17,8 @@ from drctl.plan.inventory import Ability, Ending, GroupFacts, Inventory, Progres
 from drctl.plan.plan import Check, Manual, Mode, OnFailure, Plan, Script, Stage, Vm, When, Where
 from drctl.plan.step import Compiled, MachineOrder, Options, Recovery, Step, StepKind, spell_id
 
-#: Opening views, writing overlays and definitions takes seconds; a switchover also shuts guests down (their own limit
-#: is 5 min) and ships the rest.
+#: Opening views, writing overlays and definitions takes seconds. A switchover also ships the rest, and shuts guests
+#: down, one after the other: for that there is more.
 RECOVER_LIMIT = 1200.0
 ENDING_LIMIT = 900.0
 _VERBS = {Mode.TEST: "boot copies of", Mode.SWITCHOVER: "move without loss", Mode.FAILOVER: "fail over"}
@@ -224,13 +224,16 @@ class _Builder:
             kind=StepKind.RECOVER,
             text=text,
             after=after,
-            time_limit=RECOVER_LIMIT,
+            time_limit=RECOVER_LIMIT + (self._shutdown(name) if self._mode is Mode.SWITCHOVER else 0.0),
             on_failure=plan.on_failure if plan.on_failure is not OnFailure.CONTINUE else OnFailure.STOP,
             stage="",
             group=name,
             action=action,
         )
         self._add(step)
+
+    def _shutdown(self, name: str) -> float:
+        return self._options.shutdown_seconds * len(self._vms[name])
 
     def _order(self, vm: Vm, facts: GroupFacts) -> MachineOrder:
         test = self._mode is Mode.TEST

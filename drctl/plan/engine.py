@@ -300,7 +300,7 @@ class Engine:
         """Whether there may be something to clean up or undo: the group's recovery was begun, now or before."""
         recover = f"group:{step.group}/recover"
         begun = self._state.get(recover) in (_State.RUNNING, _State.SETTLED, _State.FAILED)
-        return begun or recover in self.compiled.begun or self.compiled.ending is not None
+        return begun or recover in self.compiled.begun or self.compiled.ending is Ending.CLEAN_UP
 
     def _forward_busy(self) -> bool:
         return any(self._steps[identity].part is None for identity in self._busy)

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from drctl.errors import ConfigInvalid
 from drctl.plan.compile import unnamed
 from drctl.plan.inventory import Ability, GroupFacts, Inventory, MachineFacts
-from drctl.plan.plan import CheckKind, Mac, Plan, Script, Vm, Where
+from drctl.plan.plan import CheckKind, Mac, Mode, Plan, Script, Vm, Where
 
 #: Phases of a source in which a group's newest checkpoint is seconds old, or soon will be.
 _WELL = ("live", "catching-up", "failed-over")
@@ -25,7 +25,9 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing. `file` and `line` (0: unknown) say where the plan speaks of it; `group` and `machine` whom it hits."""
+    """One thing. `file` and `line` (0: unknown) say where the plan speaks of it; `group` and `machine` whom it hits.
+
+    `passable`: a failover goes on all the same, since it says something of the source, or of one machine alone."""
 
     severity: Severity
     message: str
@@ -35,6 +37,7 @@ class Finding:
     key: str = ""
     group: str = ""
     machine: str = ""
+    passable: bool = False
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}: " if self.line else f"{self.file}: " if self.file else ""
@@ -49,8 +52,8 @@ def of_error(error: ConfigInvalid) -> Finding:
     return Finding(Severity.ERROR, message, error.hint, str(fields["file"]), int(fields["line"]), key)
 
 
-def examine(plan: Plan, inventory: Inventory) -> list[Finding]:
-    """Everything that is found, in order of the plan."""
+def examine(plan: Plan, inventory: Inventory, mode: Mode = Mode.TEST) -> list[Finding]:
+    """Everything that is found for a run in this mode, in order of the plan."""
     found = [*_coverage(plan, inventory), *_health(plan)]
     for name in plan.groups:
         if name in inventory.groups:
@@ -58,7 +61,18 @@ def examine(plan: Plan, inventory: Inventory) -> list[Finding]:
     for vm in plan.vms:
         if vm.group in inventory.groups:
             found += _vm(plan, vm, inventory.groups[vm.group])
-    return found
+    return found + list(_left_off(plan, inventory, mode))
+
+
+def _left_off(plan: Plan, inventory: Inventory, mode: Mode) -> Iterator[Finding]:
+    """Machines that a switchover or failover would boot although the plan leaves them off."""
+    for vm in plan.vms:
+        facts = inventory.groups.get(vm.group)
+        if vm.boot or mode is Mode.TEST or facts is None or Ability.STAGED_BOOT in facts.abilities:
+            continue
+        message = f"{vm.name!r} can't be left off: the appliance boots all machines of {vm.group!r} in a {mode}"
+        hint = "put it into a group of its own"
+        yield Finding(Severity.ERROR, message, hint, plan.file, vm.line, "boot", vm.group, vm.name)
 
 
 def _coverage(plan: Plan, inventory: Inventory) -> Iterator[Finding]:
@@ -83,7 +97,8 @@ def _health(plan: Plan) -> Iterator[Finding]:
 
 def _group(plan: Plan, facts: GroupFacts) -> Iterator[Finding]:
     def tell(severity: Severity, message: str, hint: str = "", machine: str = "") -> Finding:
-        return Finding(severity, message, hint, plan.file, plan.line("groups"), "groups", facts.name, machine)
+        line = plan.line("groups")
+        return Finding(severity, message, hint, plan.file, line, "groups", facts.name, machine, passable=True)
 
     if facts.applied is False:
         yield tell(Severity.ERROR, f"the appliances don't have group {facts.name!r} as its file says", "drctl apply")
@@ -93,7 +108,8 @@ def _group(plan: Plan, facts: GroupFacts) -> Iterator[Finding]:
     elif facts.phase is not None and facts.phase not in _WELL:
         yield tell(Severity.WARNING, f"group {facts.name!r} is {facts.phase}", f"see: drctl status {facts.name}")
     if facts.restorable is False:
-        yield tell(Severity.ERROR, f"group {facts.name!r} has no restorable checkpoint", f"drctl status {facts.name}")
+        none = tell(Severity.ERROR, f"group {facts.name!r} has no restorable checkpoint", f"drctl status {facts.name}")
+        yield replace(none, passable=False)
     if Ability.STAGED_BOOT not in facts.abilities and len(plan.stages) > 1:
         message = f"all machines of {facts.name!r} boot at once: its appliance can't boot them one by one yet"
         yield tell(Severity.WARNING, message, "stages gate health checks and scripts, and groups as a whole")

@@ -96,7 +96,7 @@ def _first(event: Mapping[str, Any]) -> RunRecord:
 def _whole(record: RunRecord, event: Mapping[str, Any]) -> RunRecord:
     match event.get("event"):
         case "resumed":
-            return replace(record, resumed=record.resumed + 1, verdict="", ended=None, **_reopened(record))
+            return replace(reopened(record), resumed=record.resumed + 1)
         case "ending":
             return replace(
                 record,
@@ -111,11 +111,12 @@ def _whole(record: RunRecord, event: Mapping[str, Any]) -> RunRecord:
             return record
 
 
-def _reopened(record: RunRecord) -> dict[str, Any]:
+def reopened(record: RunRecord) -> RunRecord:
     """A run that was left as it was goes forward again; one that was cleaning up or undoing goes on with that."""
+    record = replace(record, verdict="", ended=None)
     if record.ending is not Ending.LEAVE:
-        return {}
-    return {"ending": None, "why": "", "flawed": False, "interrupted": False}
+        return record
+    return replace(record, ending=None, why="", flawed=False, interrupted=False)
 
 
 def _step(steps: dict[str, StepRecord], event: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from drctl.model.move import Settlement
+from drctl.model.move import OnTimeout, Settlement
 from drctl.plan.inventory import Ending
 from drctl.plan.plan import Check, Mac, Manual, Mode, OnFailure, Plan, Script
 
@@ -80,10 +80,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the operator chose for this run. `keep`: a test's copies stay when it is over."""
+    """What the operator chose for this run. `keep`: a test's copies stay when it is over.
+
+    `source_is_down` says why the source of a failover can't run; `on_timeout` is done about a guest that is not off
+    `shutdown_seconds` after a switchover asked it to be."""
 
     checkpoint: str = "latest"
     keep: bool = False
+    source_is_down: str = ""
+    on_timeout: OnTimeout = OnTimeout.ABORT
+    shutdown_seconds: float = 180.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,13 +226,6 @@ def test_dry_run_shows_the_same_steps_and_changes_nothing(plans) -> None:
     assert runs_of(plans) == []
 
 
-@pytest.mark.parametrize("mode", ["switchover", "failover"])
-def test_modes_that_are_not_there_yet_say_so(plans, mode: str) -> None:
-    result = plans("plan", "run", "web", "--mode", mode, "--yes")
-    assert result.code == 42
-    assert f"drctl {mode} web" in result.err
-
-
 def test_a_drill_that_passes(plans, tmp_path) -> None:
     file = tmp_path / "drill.xml"
     result = plans("plan", "run", "web", "--mode", "test", "-k", "#11", "--yes", "--junit", str(file), "-o", "json")
