@@ -18,6 +18,7 @@ from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.group_state import spec_from
 from drctl.appliance.handover_service import HandoverService
+from drctl.appliance.held_store import HeldStores
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
 from drctl.appliance.lease import Leases
@@ -28,6 +29,7 @@ from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
 from drctl.appliance.source_service import SourceService
+from drctl.appliance.seed_service import SeedService
 from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
@@ -58,6 +60,8 @@ class Appliance:
         self._receiver = ReceiverLink(home, self._processes)
         source = self._source
         self._handovers = HandoverService(
+        self._held = HeldStores(home.run / "receiver.sock")
+        self._seeds = SeedService(home.store, self._held)
             home, self._host, source.protection, source.refuse_superseded, source.who_reigns
         )
         self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
@@ -70,6 +74,7 @@ class Appliance:
         self._host.watch(self._source.happened)
         self._recovery.resume()
         self._source.start()
+        self._held.forgotten()
         self._handovers.resume(self._source.names())
         self._control.start()
         self._metrics.start()
@@ -125,6 +130,7 @@ class Appliance:
             "checkpoint.list": stores.checkpoint_list,
             "checkpoint.choose": stores.checkpoint_choose,
             "checkpoint.tag": stores.checkpoint_tag,
+            "replicate.seed": self._seeds.take,
             "checkpoint.verify": stores.checkpoint_verify,
             "test.start": recovery.test_start,
             "test.list": recovery.test_list,

@@ -25,6 +25,7 @@ CHANGING = (
     "replicate.stop",
     "resync",
     "checkpoint.create",
+    "replicate.seed",
     "checkpoint.tag",
     "test.start",
     "test.stop",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from drctl.cli import render
+from drctl.cli import render, seeds
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import Inventory, side, take_inventory
@@ -33,10 +33,18 @@ Wait = Annotated[
 ]
 
 
-@app.command(epilog=examples("drctl replicate start web", "drctl replicate start web --yes --wait --timeout 2h"))
+@app.command(
+    epilog=examples(
+        "drctl replicate start web",
+        "drctl replicate start web --yes --wait --timeout 2h",
+        "drctl replicate start web --seed web-1.vda=/srv/courier/web-1.qcow2 --seed /srv/courier/web-1.vdb.raw",
+    )
+)
 def start(
     ctx: typer.Context,
     group: GroupName,
+    seed: seeds.Seed = None,
+    move_seeds: seeds.MoveSeeds = False,
     wait: Wait = None,
     timeout: Timeout = None,
     dry_run: DryRun = False,
@@ -45,15 +53,25 @@ def start(
     """Attach to the disks of a group and copy them to the recovery site.
 
     The guests run on. Nothing can be recovered until the first sync is done; from then on checkpoints follow at the
-    group's interval. A group that is live already stays so. Exits with 3 when the time is over and the sync is not."""
+    group's interval. A group that is live already stays so. Exits with 3 when the time is over and the sync is not.
+
+    With --seed, files at the recovery site that hold the disks as they once were are taken as the beginning of the
+    replica: a copy that came by courier, a backup, a golden image. They are compared by signatures, and only what
+    differs crosses the link. A seed of another size, or of no disk of the group, is refused, and nothing was done."""
     context = begin(ctx)
     inventory, host, picture = _look(context, group)
     if picture["phase"] in ACTIVE:
+        if seed:
+            raise WrongPhase(f"{group} is replicated already: a seed comes too late", hint=f"drctl resync {group}")
         return _already(context, picture, wait, timeout)
+    sown = seeds.plan(context, inventory, group, seed, move=move_seeds) if seed else None
     steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture, inventory)]
+    steps = [*(sown.steps() if sown else ()), *steps]
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Start replication of {group}?"):
         return 0
     with leased(context, group, "replicate start", inventory):
+        if sown:
+            sown.carry_out(context)
         context.call(host, "replicate.start", group=group, timeout=CALL_TIMEOUT)
     return _finish(context, picture, wait, timeout)
 

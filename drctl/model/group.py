@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from drctl.model.extent import GiB
@@ -66,6 +66,26 @@ class GroupSpec:
     superseded_guest: str = StrayPolicy.TELL.value
 
 
+    limits: tuple[RateLimit, ...] = ()
+    priority: str = Priority.NORMAL.value
+
+
+def turned_around(spec: GroupSpec) -> GroupSpec:
+    """The group as it is protected from its recovery site back to its source.
+
+    Of networks that are one at the recovery site the first is gone back to; tests are cut off there."""
+    back: dict[str, str] = {}
+    for here, there in spec.networks:
+        back.setdefault(there, here)
+    return replace(
+        spec,
+        source=spec.recovery,
+        recovery=spec.source,
+        source_host=spec.recovery_host,
+        recovery_host=spec.source_host,
+        networks=tuple(back.items()),
+        test_networks=(),
+    )
 @dataclass(frozen=True, slots=True)
 class GroupDisk:
     """A disk of a group with its number in the stream. Numbers are never reused within a group."""

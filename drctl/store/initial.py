@@ -50,6 +50,11 @@ def write_note(root: Path, note: InitialNote) -> None:
     atomic.write_json(root / "initial.json", fields)
 
 
+def forget_note(root: Path) -> None:
+    """What a first sync had brought is worth nothing any more: the bases come from elsewhere."""
+    atomic.remove(root / "initial.json")
+
+
 def apply_frame(replica: Replica, header: FrameHeader, whole: memoryview) -> None:
     """Write a DATA or SYNC frame's extents to the bases, in their order. Raises OutOfSpace, IntegrityError."""
     body = whole[HEADER_SIZE:]
