@@ -51,6 +51,13 @@ class GuestBench:
         finally:
             ring.close()
 
+    def ordered(self) -> bool:
+        ring = Ring.open(self._ring)
+        try:
+            return bool(ring.words[Word.ORDERED_STAMP] == ring.words[Word.ORDER_STAMP])
+        finally:
+            ring.close()
+
     def kill(self, phase: str, there: bool = True) -> None:
         """Kill the next victims by turns. Raises SystemExit when a guest did not survive it."""
         victims = VICTIMS[next(self._turn) % len(VICTIMS)]
@@ -81,7 +88,7 @@ class GuestBench:
             old = self.faults.kill("tap")
             self.faults.await_(lambda old=old: self._other_tap(old), "another tap", 30)
             self._await_writes(5)  # QEMU has to find out that the new tap is there
-            self.kill("catching up", self.faults.status()["phase"] != "live")
+            self.kill("catching up", not self.ordered())
 
     def _await_writes(self, seconds: float) -> None:
         before, deadline = self.writes(), time.monotonic() + seconds

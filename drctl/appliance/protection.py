@@ -198,10 +198,10 @@ class Protection:
             try:
                 self._look()
             except DrctlError as exc:
-                self._say(exc.message)
+                self._looked_in_vain(exc.message)
             except Exception as exc:  # the supervisor's edge: one group's bug must not end the protection of others
                 log.exception("%s: look failed", self._state.spec.name)
-                self._say(f"unexpected {type(exc).__name__}: {exc}")
+                self._looked_in_vain(f"unexpected {type(exc).__name__}: {exc}")
             self._wake.wait(LOOK_SECONDS)
 
     def _look(self) -> None:
@@ -300,14 +300,8 @@ class Protection:
             self._settle(report.reason or "the other site was not reached yet")
         else:
             if self.survey.wanted:
-                self._begin_survey()
+                self.survey.begin(self._passes, self.shipper, self._state, self._seen.machines)
             self._prove(report.reason)
-
-    def _begin_survey(self) -> None:
-        every = [disk.number for disk in self._state.disks]
-        exports = self._passes.begin("survey", every, self._state, self._seen.machines)
-        self.survey.began()
-        self.shipper.start_sync("survey", exports, "", ())
 
     def _begin_pass(self, wanted: Wanted) -> None:
         if not self._state.sync:
@@ -361,6 +355,12 @@ class Protection:
     def _settle(self, reason: str) -> None:
         """Write down why no checkpoint can be made now; leave `live` when order is gone."""
         if not self.worker.ordered():
+            self._leave_live()
+        self._say(reason)
+
+    def _looked_in_vain(self, reason: str) -> None:
+        """A look broke off. Without a tap nothing is live, whatever the last whole look has found."""
+        if not self.worker.tap_runs():
             self._leave_live()
         self._say(reason)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from drctl.appliance.group_state import GroupState
+from drctl.appliance.passes import Passes
+from drctl.appliance.shipper_link import ShipperLink
 from drctl.errors import StepFailed, WrongPhase
+from drctl.model.machine import Machine
 
 #: How often a survey's progress is told.
 TELL_SECONDS = 0.5
@@ -33,8 +37,11 @@ class SurveyOrder:
                 raise WrongPhase(f"the disks of {group} are being compared already", group=group)
             self.wanted, self.error, self.findings = True, "", {}
 
-    def began(self) -> None:
+    def begin(self, passes: Passes, shipper: ShipperLink, state: GroupState, machines: Sequence[Machine]) -> None:
+        """Let the shipper read all disks. Raises HypervisorRefused, WrongPhase, ApplianceUnreachable."""
+        exports = passes.begin("survey", [disk.number for disk in state.disks], state, machines)
         self.wanted, self.running = False, True
+        shipper.start_sync("survey", exports, "", ())
 
     def ended(self, status: dict[str, Any]) -> None:
         """The shipper's status says how it went."""

@@ -165,7 +165,7 @@ class Worker:
         arguments = [str(self.ring_path), str(self.socket_path), str(self.bell_path)]
         child, started = self._processes.ensure(self._tap_name, "drctl.replication.tap", arguments)
         if started:
-            self._wait_for(lambda: self.beating() and self.ring.words[Word.TAP_PID] == child.pid, "tap")
+            self._wait_for(lambda: self.beating() and self.ring.words[Word.TAP_PID] == child.pid, self._tap_name)
         return started
 
     def start_sink(self) -> None:
@@ -174,7 +174,7 @@ class Worker:
         self._processes.end(self._tap_name, force=True)
         exports = str(exports_path(self.ring_path))
         self._processes.ensure(self._sink_name, "drctl.replication.tap", ["--sink", exports, str(self.socket_path)])
-        self._wait_for(self.socket_path.exists, "sink")
+        self._wait_for(self.socket_path.exists, self._sink_name)
 
     def end_tap(self) -> None:
         """End tap and sink. Only when no mirror is attached any more."""
@@ -217,12 +217,14 @@ class Worker:
             with suppress(FileNotFoundError):
                 path.unlink()
 
-    def _wait_for(self, reached: Callable[[], bool], what: str, timeout_seconds: float = 5.0) -> None:
+    def _wait_for(self, reached: Callable[[], bool], child: str, timeout_seconds: float = 5.0) -> None:
+        """Raises StepFailed, at once when the child ends: whoever waits here is the one to start it again."""
         deadline = time.monotonic() + timeout_seconds
         while not reached():
-            if time.monotonic() > deadline:
+            ended = self._processes.find(child) is None
+            if ended or time.monotonic() > deadline:
                 raise StepFailed(
-                    f"{self._group}: the {what} did not start within {timeout_seconds:.0f} s",
-                    hint=f"see {self._home.logs}/{what}-{self._group}.log",
+                    f"{child} {'ended at once' if ended else f'did not start within {timeout_seconds:.0f} s'}",
+                    hint=f"see {self._home.logs}/{child}.log",
                 )
             time.sleep(0.01)
