@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 STOPPED_SECONDS = 2.0
 CALM_SECONDS = 10.0
 CALM_STARTS = 5
+#: What stands behind the name of a child that is to take another's place.
+_HEIR = ".heir"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,60 @@ class Processes:
             time.sleep(0.01)
         return child
 
+    # -- a child in another's place ---------------------------------------------------------------------------------
+
+    def foreign(self, child: Child) -> bool:
+        """Whether it runs another installation's program than this process does: an upgrade has been."""
+        try:
+            command = json.loads(self._file(child.name).read_text())["command"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+        return sys.executable not in command
+
+    def succeed(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        took: Callable[[int], bool],
+        timeout_seconds: float = 5.0,
+    ) -> bool:
+        """Start another process that takes the place of the live child of that name, and of its own accord ends that.
+
+        `took` tells whether the process with a pid has done it. False: it did not, and is gone; the child is as before,
+        unless the heir failed after it had taken over."""
+        old = self.find(name)
+        heir = name + _HEIR
+        child = self._start(heir, [sys.executable, "-m", module, *arguments])
+        deadline = time.monotonic() + timeout_seconds
+        while self.find(heir) is not None and time.monotonic() < deadline:
+            if took(child.pid):
+                self._file(heir).replace(self._file(name))
+                if old is not None and (popen := self._started.pop(old.pid, None)) is not None:
+                    with suppress(subprocess.TimeoutExpired):
+                        popen.wait(2.0)
+                return True
+            time.sleep(0.005)
+        self.end(heir, force=True)
+        return False
+
+    def settle(self, name: str, took: Callable[[int], bool], timeout_seconds: float = 1.0) -> None:
+        """Finish what a supervisor before us began with `succeed`."""
+        heir = name + _HEIR
+        deadline = time.monotonic() + timeout_seconds
+        while (child := self.find(heir)) is not None:
+            if took(child.pid):
+                log.info("%s (%d) has taken the place of the one before", name, child.pid)
+                self._file(heir).replace(self._file(name))
+                return
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        self.end(heir)
+
     def _start(self, name: str, command: Sequence[str]) -> Child:
         self._demand_calm(name)
-        with (self._logs / f"{name}.log").open("ab") as output:
+        with (self._logs / f"{name.removesuffix(_HEIR)}.log").open("ab") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
             )

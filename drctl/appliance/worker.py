@@ -17,6 +17,7 @@ from drctl.appliance.group_state import GroupState
 from drctl.appliance.process import Processes
 from drctl.errors import IntegrityError, StepFailed
 from drctl.model.identity import StreamIdentity
+from drctl.replication.tap_handover import handover_path
 from drctl.store.ring import Ring, exports_path, write_exports
 from drctl.wire.ring import DESCRIPTOR_SIZE, DiskWord, Word
 
@@ -26,9 +27,12 @@ log = logging.getLogger(__name__)
 BYTES_PER_SLOT = 2048
 #: A tap whose heartbeat is older is not believed (it beats at least every 100 ms).
 FRESH_SECONDS = 1.0
+#: A tap of another version that did not hand over is left alone for so long: it serves as well as before.
+HANDOVER_SECONDS = 60.0
 #: A shipper beats each 100 ms; one that is silent for so long is stopped or stuck.
 HUNG_SHIPPER_SECONDS = 5.0
 _PAGE = 4096
+_TAP = "drctl.replication.tap"
 
 
 class Worker:
@@ -39,6 +43,7 @@ class Worker:
         self._group = group
         self._processes = processes
         self._ring: Ring | None = None
+        self._handover_due = 0.0
         run = home.run
         self.ring_path = run / "rings" / f"{group}.ring"
         self.socket_path = run / "taps" / f"{group}.sock"
@@ -158,15 +163,40 @@ class Worker:
     # -- tap --------------------------------------------------------------------------------------------------------
 
     def ensure_tap(self) -> bool:
-        """Start the tap if it is not running; True when it had to be started. It is ready when this returns."""
+        """Start the tap if it is not running; True when it had to be started. It is ready when this returns.
+
+        One that another version started hands everything over to one of ours, which no guest notices."""
         if not self.bell_path.exists():
             os.mkfifo(self.bell_path, 0o600)
         self._processes.end(self._sink_name)
+        self._processes.settle(self._tap_name, self._serves)
         arguments = [str(self.ring_path), str(self.socket_path), str(self.bell_path)]
-        child, started = self._processes.ensure(self._tap_name, "drctl.replication.tap", arguments)
+        child, started = self._processes.ensure(self._tap_name, _TAP, arguments)
         if started:
-            self._wait_for(lambda: self.beating() and self.ring.words[Word.TAP_PID] == child.pid, self._tap_name)
+            self._wait_for(lambda: self._serves(child.pid), self._tap_name)
+        elif self._processes.foreign(child):
+            self._renew_tap(arguments)
         return started
+
+    def _serves(self, pid: int) -> bool:
+        """Whether the tap with that pid has the ring."""
+        return self.beating() and self.ring.words[Word.TAP_PID] == pid
+
+    def _renew_tap(self, arguments: list[str]) -> None:
+        """Let a tap of this version take over from the one that runs. If it does not come up, the other goes on."""
+        now = time.monotonic()
+        if now < self._handover_due or not handover_path(self.ring_path).exists():
+            return
+        self._handover_due = now + HANDOVER_SECONDS
+        try:
+            done = self._processes.succeed(self._tap_name, _TAP, ["--heir", *arguments], self._serves)
+        except StepFailed as exc:
+            log.warning("%s: %s", self._group, exc.message)
+            return
+        if done:
+            log.info("%s: a tap of this version has taken over (%d)", self._group, self.tap_pid())
+        else:
+            log.warning("%s: the tap of another version did not hand over, and goes on; see its log", self._group)
 
     def start_sink(self) -> None:
         """Put a sink in the tap's place, so that a mirror can be detached. What it takes is lost: it says so, since

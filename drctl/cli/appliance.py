@@ -131,8 +131,8 @@ def upgrade(
 ) -> int:
     """Bring appliances to this drctl's version: the new one is put beside the old, then switched to.
 
-    Taps and views go on with the old version, since guests hang on them; the others begin anew. Older versions are
-    removed when nothing runs them any more."""
+    Taps hand the guests' connections over to new ones, and replication goes on. Views go on with the old version, since
+    guests hang on them. Older versions are removed when nothing runs them any more."""
     return _roll_out(begin(ctx), (host, site), (bundle, wheels), upgrade=True, dry_run=dry_run, yes=yes)
 
 

@@ -2,6 +2,7 @@
 
     python -m drctl.replication.tap RING SOCKET BELL       exports from RING.json
     python -m drctl.replication.tap --sink EXPORTS SOCKET  acknowledge and discard: for detaching when the tap is dead
+    python -m drctl.replication.tap --heir RING SOCKET BELL  take over from the tap that runs (tap_handover.py)
 
 Every guest write waits for this process, so it stays small: one thread, one epoll loop over all connections (which is
 what makes one sequence over all disks), and neither asyncio nor numpy nor logging is loaded. It does not raise its own
@@ -16,14 +17,15 @@ import os
 import select
 import signal
 import socket
-import stat
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from drctl.errors import DrctlError, IntegrityError, ProtocolViolation
+from drctl.replication import tap_handover
+from drctl.replication.tap_connection import MAX_CONNECTIONS, Connection, listen, send_pieces
+from drctl.replication.tap_handover import Estate, Live, Offer, Succession
+from drctl.replication.tap_recorder import Bell, Recorder, Sink, say
 from drctl.store.ring import Ring, exports_path, read_exports
 from drctl.store.ring_writer import RingWriter
 from drctl.wire import nbd
@@ -32,109 +34,28 @@ from drctl.wire.ring import OrderReason, Word
 
 #: Half of what the contract allows between two heartbeats.
 BEAT_SECONDS = 0.05
-#: Far above one connection per disk; what is beyond is closed at once.
-MAX_CONNECTIONS = 256
 #: A READ is answered with zeroes out of this many bytes, by reference.
 _ZEROES = memoryview(bytes(nbd.MiB))
-#: Pieces per sendmsg; the kernel's limit is 1024.
-_PIECES = 512
 #: Replies are joined into one buffer up to here; answers to READs beyond it are sent in pieces, by reference.
 _JOINED = 256 * 1024
+#: A handover waits for a moment in which this much is to be carried at most, and nobody negotiates; but not for long.
+_LITTLE = 4 * nbd.MiB
+_CALM_SECONDS = 0.5
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 Exports = dict[str, tuple[int, int]]
-
-
-class Recorder(Protocol):
-    """Where writes go: a RingWriter, or a Sink."""
-
-    now: int
-
-    def append(self, disk: int, offset: int, data: memoryview | bytes) -> int: ...
-
-    def append_zeroes(self, disk: int, offset: int, length: int) -> int: ...
-
-    def publish(self) -> bool: ...
-
-    def poll(self, now: int) -> bool: ...
-
-    def order_lost(self, reason: OrderReason) -> None: ...
-
-    def connected(self, disk: int) -> int: ...
-
-    def disconnected(self, disk: int) -> None: ...
-
-    def ended(self, disk: int, *, goodbye: bool) -> None: ...
-
-
-class Sink:
-    """Keeps nothing. It lets a mirror whose tap died end softly: QEMU never ends one with a dead target."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self._connections = 0
-
-    def append(self, disk: int, offset: int, data: memoryview | bytes) -> int:
-        return 0
-
-    def append_zeroes(self, disk: int, offset: int, length: int) -> int:
-        return 0
-
-    def publish(self) -> bool:
-        return False
-
-    def poll(self, now: int) -> bool:
-        return False
-
-    def order_lost(self, reason: OrderReason) -> None: ...
-    def disconnected(self, disk: int) -> None: ...
-    def ended(self, disk: int, *, goodbye: bool) -> None: ...
-
-    def connected(self, disk: int) -> int:
-        self._connections += 1
-        return self._connections
-
-
-class Bell:
-    """The FIFO that wakes a waiting shipper. Rung after the replies, so that no guest waits for it."""
-
-    def __init__(self, path: Path, ring: Ring) -> None:
-        if not path.exists():
-            os.mkfifo(path, 0o600)
-        # Open for both, so that it opens without a reader and a ring is kept until one comes.
-        self._descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._words = ring.words
-        self._waiting = int(Word.READER_WAITING)
-
-    def ring(self) -> None:
-        if self._words[self._waiting]:
-            self._words[self._waiting] = 0
-            # A full FIFO is full of rings that nobody heard yet.
-            with suppress(BlockingIOError):
-                os.write(self._descriptor, b"\0")
-
-
-class Connection:
-    """One client. `disk` is -1 until it has entered an export; `queue` holds what its socket did not take yet; `lost`:
-    its end has been noted in the ring."""
-
-    __slots__ = ("disk", "lost", "name", "queue", "session", "socket")
-
-    def __init__(self, accepted: socket.socket, session: NbdServer) -> None:
-        self.socket = accepted
-        self.session = session
-        self.disk = -1
-        self.lost = False
-        self.name = ""
-        self.queue: list[memoryview] = []
 
 
 class Tap:
     """The loop. Invariant: when a reply leaves, its write is published or noted in a dirty map; when a connection is
     gone, that is noted before another write is taken."""
 
-    def __init__(self, recorder: Recorder, exports: Exports, maximum_payload: int, bell: Bell | None) -> None:
+    def __init__(
+        self, recorder: Recorder, exports: Exports, maximum_payload: int, bell: Bell | None, lock: int = -1
+    ) -> None:
         self._recorder = recorder
+        #: The descriptor that holds the ring's lock, for a successor.
+        self._lock = lock
         self._bell = bell
         self._numbers = {name: number for name, (number, _) in exports.items()}
         self._exports = {
@@ -144,7 +65,28 @@ class Tap:
         self._connections: dict[int, Connection] = {}
         self._live: dict[str, Connection] = {}
         self._epoll = select.epoll()
+        self._offer: Offer | None = None
+        self._heir: socket.socket | None = None
+        self._heir_since = 0.0
         self.stopping = False
+
+    def offer(self, offer: Offer) -> None:
+        """Hand everything over to whoever asks there."""
+        self._offer = offer
+        self._epoll.register(offer.fileno(), select.EPOLLIN)
+
+    def adopt(self, estate: Estate) -> None:
+        """Go on with the connections of the tap before us. Nothing is sent, noted or read yet.
+
+        Raises IntegrityError for one whose client agreed to something that is not offered here."""
+        for live in estate.live:
+            export = tap_handover.matching(live, self._exports)
+            connection = Connection(live.socket, NbdServer.resumed(export, live.unread))
+            connection.socket.setblocking(False)
+            connection.name, connection.disk, connection.lost = export.name, self._numbers[export.name], live.lost
+            connection.queue = [memoryview(live.unsent)] if live.unsent else []
+            self._live[export.name] = self._connections[live.socket.fileno()] = connection
+            self._epoll.register(live.socket.fileno(), connection.wanted())
 
     def run(self, listener: socket.socket) -> None:
         """Serve until `stopping` is set."""
@@ -161,14 +103,40 @@ class Tap:
             for descriptor, mask in events:
                 if descriptor == listening:
                     self._accept(listener)
+                elif self._offer is not None and descriptor == self._offer.fileno():
+                    self._asked(self._offer)
                 elif (connection := connections.get(descriptor)) is not None:
                     news |= self._serve(connection, mask)
             if news and self._bell is not None:
                 self._bell.ring()
+            if self._heir is not None and self._hand_over(listener, self._heir):
+                return
         self._close(listener)
+
+    def _asked(self, offer: Offer) -> None:
+        if (asking := offer.accept()) is not None:
+            if self._heir is not None:
+                self._heir.close()
+            self._heir, self._heir_since = asking, time.monotonic()
+
+    def _hand_over(self, listener: socket.socket, heir: socket.socket) -> bool:
+        """Give everything to the successor that asked, between two rounds. True: all is its own now, and this process
+        must not even touch the ring. Whatever goes wrong before that, this one goes on as if nothing had been."""
+        live = [
+            Live(self._exports[one.name], one.socket, one.lost, one.session.unread(), b"".join(one.queue))
+            for one in self._live.values()
+        ]
+        calm = len(live) == len(self._connections) and sum(len(one.unread) + len(one.unsent) for one in live) <= _LITTLE
+        if not calm and time.monotonic() - self._heir_since < _CALM_SECONDS:
+            return False
+        self._heir = None
+        with heir:
+            return tap_handover.give(heir, Estate(listener, self._lock, live))
 
     def _close(self, listener: socket.socket) -> None:
         listener.close()
+        if self._offer is not None:
+            self._offer.close()
         for connection in list(self._connections.values()):
             self._drop(connection, "the tap stops")
         self._epoll.close()
@@ -219,9 +187,9 @@ class Tap:
                 self._recorder.disconnected(connection.disk)
             self._recorder.ended(connection.disk, goodbye=connection.session.closed and not reason)
             del self._live[connection.name]
-            _say(f"{connection.name}: disconnected" + (f": {reason}" if reason else ""))
+            say(f"{connection.name}: disconnected" + (f": {reason}" if reason else ""))
         elif reason:
-            _say(f"a client was turned away: {reason}")
+            say(f"a client was turned away: {reason}")
         self._epoll.unregister(connection.socket.fileno())
         connection.socket.close()
 
@@ -230,7 +198,7 @@ class Tap:
         connection.disk = self._numbers[export.name]
         self._live[export.name] = connection
         number = self._recorder.connected(connection.disk)
-        _say(f"{export.name}: connection {number}")
+        say(f"{export.name}: connection {number}")
 
     # --- the way of a write
 
@@ -304,85 +272,85 @@ class Tap:
                 pieces = [memoryview(b"".join(replies))]
             else:
                 pieces = connection.queue + [memoryview(reply) for reply in replies if len(reply)]
-            connection.queue = _send_pieces(connection.socket, pieces)
+            connection.queue = send_pieces(connection.socket, pieces)
         except OSError as exc:
             self._drop(connection, str(exc))
             return
         if bool(connection.queue) != waited:
-            ready = select.EPOLLOUT if connection.queue else select.EPOLLIN
-            self._epoll.modify(connection.socket.fileno(), ready | select.EPOLLRDHUP)
+            self._epoll.modify(connection.socket.fileno(), connection.wanted())
 
 
-def _send_pieces(target: socket.socket, pieces: list[memoryview]) -> list[memoryview]:
-    """Send as much as goes; what is left."""
-    while pieces:
-        try:
-            sent = target.send(pieces[0]) if len(pieces) == 1 else target.sendmsg(pieces[:_PIECES])
-        except BlockingIOError:
-            return pieces
-        done = 0
-        while done < len(pieces) and sent >= len(pieces[done]):
-            sent -= len(pieces[done])
-            done += 1
-        pieces = pieces[done:]
-        if sent:
-            pieces[0] = pieces[0][sent:]
-    return pieces
-
-
-def _say(text: str) -> None:
-    os.write(2, f"tap: {text}\n".encode())
-
-
-def listen(path: Path) -> socket.socket:
-    """Listen on a unix socket of mode 0600 (0660 in a setgid directory: it is for the directory's group too), in place
-    of whatever was there. An upgrade that hands sockets over would
-    make the listener from a descriptor here."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.setblocking(False)
-    temporary = path.with_name(path.name + "~")
-    temporary.unlink(missing_ok=True)
-    before = os.umask(0o117 if path.parent.stat().st_mode & stat.S_ISGID else 0o177)
-    try:
-        listener.bind(str(temporary))
-    finally:
-        os.umask(before)
-    listener.listen(MAX_CONNECTIONS)
-    # Only now under its name: a client that finds the socket is never refused.
-    temporary.replace(path)
-    return listener
-
-
-def _tap_of(arguments: list[str]) -> tuple[Tap, Path]:
-    """The tap and its socket's path, of `RING SOCKET BELL` or `--sink EXPORTS SOCKET`."""
+def _tap_of(arguments: list[str]) -> tuple[Tap, socket.socket]:
+    """The tap and its listener, of `RING SOCKET BELL`, `--sink EXPORTS SOCKET` or `--heir RING SOCKET BELL`."""
     if arguments[0] == "--sink":
-        return Tap(Sink(), read_exports(Path(arguments[1])), nbd.MAX_PAYLOAD, None), Path(arguments[2])
+        exports = read_exports(Path(arguments[1]))
+        return Tap(Sink(), exports, nbd.MAX_PAYLOAD, None), listen(Path(arguments[2]))
+    if arguments[0] == "--heir":
+        return _heir_of(*map(Path, arguments[1:]))
     path, path_of_socket, path_of_bell = map(Path, arguments)
     ring = Ring.open(path, writer=True)
-    exports = read_exports(exports_path(path))
-    if {number: size for number, size in exports.values()} != ring.disks:
-        raise IntegrityError(f"{path}: its exports are not the disks that the ring was made for")
     writer = RingWriter(ring)
+    tap = _tap_on(ring, writer, path_of_bell)
     # The heart beats before there is a pid that a watchdog could find hung.
     writer.poll(time.monotonic_ns())
     ring.words[Word.TAP_PID] = os.getpid()
+    tap.offer(Offer(tap_handover.handover_path(path)))
+    return tap, listen(path_of_socket)
+
+
+def _tap_on(ring: Ring, writer: RingWriter, path_of_bell: Path) -> Tap:
+    exports = read_exports(exports_path(ring.path))
+    if {number: size for number, size in exports.values()} != ring.disks:
+        raise IntegrityError(f"{ring.path}: its exports are not the disks that the ring was made for")
     # A record larger than the ring could never be kept: then each such write would be a loss of order.
     maximum = max(4096, min(nbd.MAX_PAYLOAD, ring.data_capacity // 4 // 4096 * 4096))
-    return Tap(writer, exports, maximum, Bell(path_of_bell, ring)), path_of_socket
+    return Tap(writer, exports, maximum, Bell(path_of_bell, ring), ring.descriptor)
+
+
+def _heir_of(path: Path, path_of_socket: Path, path_of_bell: Path) -> tuple[Tap, socket.socket]:
+    """A tap in place of the one that runs, with its connections: nothing is lost, nothing is noted.
+
+    All that takes time is done before guests have to wait. Raises DrctlError: then the other one goes on."""
+    del path_of_socket  # the listener comes with the rest
+    place = tap_handover.handover_path(path)
+    ring = Ring.open(path, writer=True, locked=False)
+    writer = RingWriter(ring, continued=True)
+    tap = _tap_on(ring, writer, path_of_bell)
+    succession = Succession(place)
+    estate = succession.receive()
+    try:
+        ring.take_lock(estate.ring)
+        writer.catch_up()
+        tap.adopt(estate)
+    except DrctlError as exc:
+        succession.refuse(exc.message)
+        raise
+    seconds = succession.accede()
+    writer.poll(time.monotonic_ns())
+    ring.words[Word.TAP_PID] = os.getpid()
+    say(f"took over {len(estate.live)} connections in {seconds * 1000:.1f} ms")
+    try:
+        tap.offer(Offer(place))
+    except OSError as exc:
+        say(f"can't be handed over itself: {exc}")
+    estate.listener.setblocking(False)
+    return tap, estate.listener
 
 
 def main(arguments: list[str]) -> int:
     """Run until SIGTERM; the exit code."""
-    if len(arguments) != 3:
-        _say("usage: RING SOCKET BELL, or --sink EXPORTS SOCKET")
+    if len(arguments) != (4 if arguments[:1] == ["--heir"] else 3):
+        say("usage: [--heir] RING SOCKET BELL, or --sink EXPORTS SOCKET")
         return 2
+    # Nothing here makes cycles; a collection would be a pause in every guest.
+    gc.disable()
     try:
-        tap, path = _tap_of(arguments)
+        tap, listener = _tap_of(arguments)
     except DrctlError as exc:
-        _say(exc.message)
+        say(exc.message)
         return exc.exit_code
     except OSError as exc:
-        _say(str(exc))
+        say(str(exc))
         return 1
 
     def stop(number: int, frame: object) -> None:
@@ -390,9 +358,7 @@ def main(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    # Nothing here makes cycles; a collection would be a pause in every guest.
-    gc.disable()
-    tap.run(listen(path))
+    tap.run(listener)
     return 0
 
 

@@ -128,12 +128,13 @@ class Ring:
             ring.close()
 
     @classmethod
-    def open(cls, path: Path, *, writer: bool = False) -> Ring:
+    def open(cls, path: Path, *, writer: bool = False, locked: bool = True) -> Ring:
         """Open a ring. As `writer` (the tap) all of it is faulted in, locked in memory where the limit allows, and
-        no other writer may have it (Locked). Raises UnsupportedFormat or IntegrityError for what is no ring."""
+        no other writer may have it (Locked), but one that has it and will give its lock to us (`locked` False, and
+        take_lock before anything is written). Raises UnsupportedFormat or IntegrityError for what is no ring."""
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if writer:
+            if writer and locked:
                 _lock(descriptor, path)
             _check(descriptor, path)
             mapped = _map_resident(descriptor) if writer else mmap.mmap(descriptor, 0)
@@ -141,6 +142,18 @@ class Ring:
         except BaseException:
             os.close(descriptor)
             raise
+
+    @property
+    def descriptor(self) -> int:
+        """The file's; a writer's holds the lock, which belongs to whoever has the descriptor or a copy of it."""
+        return self._descriptor
+
+    def take_lock(self, descriptor: int) -> None:
+        """Go on with another writer's descriptor of this ring, and so with its lock. Raises IntegrityError."""
+        if not os.path.samestat(os.fstat(descriptor), os.fstat(self._descriptor)):
+            raise IntegrityError(f"{self.path}: is not the ring whose lock was given")
+        os.dup2(descriptor, self._descriptor, inheritable=False)
+        os.close(descriptor)
 
     def disk_word(self, disk: int, word: DiskWord) -> int:
         """A word of the disk with that number. Raises KeyError for a disk that the ring does not know."""
@@ -166,7 +179,13 @@ class Ring:
     @staticmethod
     def remove(path: Path) -> None:
         """Delete a ring, its exports and its dirty maps; no error where there are none."""
-        for file in (path, exports_path(path), *path.parent.glob(path.stem + ".dirty-*-[01]")):
+        # The socket for a successor is of no use without its ring (replication/tap_handover.py).
+        for file in (
+            path,
+            exports_path(path),
+            path.with_suffix(".heir"),
+            *path.parent.glob(path.stem + ".dirty-*-[01]"),
+        ):
             file.unlink(missing_ok=True)
 
 

@@ -39,18 +39,19 @@ class RingWriter:
 
     append() writes a record, publish() makes all appended ones visible: call it before acknowledging any of them."""
 
-    def __init__(self, ring: Ring) -> None:
-        """Adopt the ring: recover its head, declare all connections gone and order lost (TAP_RESTARTED)."""
+    def __init__(self, ring: Ring, *, continued: bool = False) -> None:
+        """Adopt the ring: recover its head, declare all connections gone and order lost (TAP_RESTARTED).
+
+        `continued`: another writer is at work on it, whose connections live on: nothing is looked at or written until
+        it has stopped, and catch_up() is called."""
         self._ring = ring
         self._words = ring.words
         self._memory = ring.memory
         self._capacity = ring.data_capacity
         self._data_at = ring.data_at
         self._slots = ring.slots
-        self._published = ring.words[Word.PUBLISHED]
-        self._sequence = self._published
-        self._head = self._recover_head()
-        self._dropping = bool(ring.words[Word.DROPPING])
+        self._published = self._sequence = self._head = 0
+        self._dropping = False
         self._maps = {disk: (ring.open_dirty_map(disk, 0), ring.open_dirty_map(disk, 1)) for disk in ring.tables}
         #: disk number → [writes, bytes] since the last publication.
         self._counts = {disk: [0, 0] for disk in ring.tables}
@@ -58,10 +59,20 @@ class RingWriter:
         self._data_limit = 0
         #: CLOCK_MONOTONIC nanoseconds of the batch at hand; set by the caller.
         self.now = 0
-        self._refresh()
+        if continued:
+            return
+        self.catch_up()
         for disk in ring.tables:
             self._set(disk, DiskWord.CONNECTION, 0)
         self.order_lost(OrderReason.TAP_RESTARTED)
+
+    def catch_up(self) -> None:
+        """Go on where the writer before us stopped. Raises IntegrityError."""
+        words = self._words
+        self._published = self._sequence = words[_PUBLISHED]
+        self._head = self._recover_head()
+        self._dropping = bool(words[Word.DROPPING])
+        self._refresh()
 
     def _recover_head(self) -> int:
         """PUBLISHED is the authority: a killed tap may have left DATA_HEAD, or a half-written record, beyond it."""

@@ -72,6 +72,22 @@ class NbdServer:
         self.structured = False
         self.closed = False
 
+    @classmethod
+    def resumed(cls, export: Export, unread: bytes) -> NbdServer:
+        """A session that goes on in transmission where another one stood, whose `unread` that was. It was entered
+        without structured replies."""
+        session = cls({}, structured=False)
+        session._output.clear()
+        session._enter(export)
+        session._make_room(len(unread) + _LEAST_ROOM)
+        session._view[: len(unread)] = unread
+        session._end = len(unread)
+        return session
+
+    def unread(self) -> bytes:
+        """What was received and makes no whole request yet."""
+        return bytes(self._view[self._start : self._end])
+
     def get_buffer(self) -> memoryview:
         """Where the next bytes belong; never empty. Payloads returned before are gone after this call."""
         start, end, view = self._start, self._end, self._view

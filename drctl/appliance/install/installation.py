@@ -31,6 +31,8 @@ SELINUX = "/etc/selinux/drctl.cil"
 GROUPS = ("libvirt", "kvm", "libvirt-qemu", "qemu")
 #: A new appliance answers within a second; libvirt and a busy host may take their time.
 START_SECONDS = 120.0
+#: The new supervisor lets taps hand over at its first look at each group, which takes as long as a tap's start.
+HANDOVER_SECONDS = 15.0
 #: What has to work in the new environment before anything is switched to it.
 _PROOF = "import drctl.appliance.daemon, drctl.replication.shipper, drctl.replication.receiver, drctl.cli.app"
 #: Children that begin anew without harm, with the new version: the ring and the journal hold all they need.
@@ -237,6 +239,7 @@ class Installation:
         self._program(["systemctl", "restart", "--no-block", SERVICE])
         self._wait(before)
         self._renew()
+        self._await_taps()
         self._ask("file", path=done, text=seal, mode=0o644)
         self._changed("restarted" if before else "started")
 
@@ -265,7 +268,8 @@ class Installation:
         return f" ({' / '.join(done['out'].strip().splitlines())})" if done["out"].strip() else ""
 
     def _renew(self) -> None:
-        """Let children of other versions begin anew, but taps and views: guests hang on those."""
+        """Let children of other versions begin anew, but taps and views: guests hang on those. The supervisor lets
+        taps hand over to new ones; views end with their recoveries."""
         old = [
             pid
             for pid, words in self._ask("processes", needle=f"{self._place.prefix}/versions/")
@@ -273,6 +277,16 @@ class Installation:
         ]
         if old:
             self._ask("end", pids=old, seconds=5.0)
+
+    def _await_taps(self) -> None:
+        """Taps of the version before hand over to ones of this; a note tells of those that know no handover yet."""
+        rings = self._ask("names", path=f"{self._place.run}/rings")
+        deadline = time.monotonic() + HANDOVER_SECONDS
+        while any(name.endswith(".heir") for name in rings) and time.monotonic() < deadline:
+            running = self._ask("processes", needle=f"{self._place.prefix}/versions/")
+            if not any("drctl.replication.tap" in words and self._version not in words for _, words in running):
+                return
+            time.sleep(0.2)
 
     def _prune(self) -> None:
         """Versions that are neither current nor run any process are of no use."""
