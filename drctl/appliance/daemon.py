@@ -28,8 +28,8 @@ from drctl.appliance.picture import Pictures, Shown
 from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
-from drctl.appliance.source_service import SourceService
 from drctl.appliance.seed_service import SeedService
+from drctl.appliance.source_service import SourceService
 from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
@@ -58,10 +58,10 @@ class Appliance:
         self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
         self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
-        source = self._source
-        self._handovers = HandoverService(
         self._held = HeldStores(home.run / "receiver.sock")
         self._seeds = SeedService(home.store, self._held)
+        source = self._source
+        self._handovers = HandoverService(
             home, self._host, source.protection, source.refuse_superseded, source.who_reigns
         )
         self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
@@ -72,9 +72,9 @@ class Appliance:
     def serve(self) -> None:
         self._supervise_children()
         self._host.watch(self._source.happened)
+        self._held.forgotten()
         self._recovery.resume()
         self._source.start()
-        self._held.forgotten()
         self._handovers.resume(self._source.names())
         self._control.start()
         self._metrics.start()
@@ -125,12 +125,12 @@ class Appliance:
             "replicate.pause": source.replicate_pause,
             "replicate.resume": source.replicate_start,
             "replicate.stop": self._replicate_stop,
+            "replicate.seed": self._seeds.take,
             "resync": source.resync,
             "checkpoint.create": source.checkpoint_create,
             "checkpoint.list": stores.checkpoint_list,
             "checkpoint.choose": stores.checkpoint_choose,
             "checkpoint.tag": stores.checkpoint_tag,
-            "replicate.seed": self._seeds.take,
             "checkpoint.verify": stores.checkpoint_verify,
             "test.start": recovery.test_start,
             "test.list": recovery.test_list,

@@ -64,8 +64,6 @@ class GroupSpec:
     test_networks: tuple[tuple[str, str], ...] = ()
     boot_without_peer: str = BootPolicy.WAIT.value
     superseded_guest: str = StrayPolicy.TELL.value
-
-
     limits: tuple[RateLimit, ...] = ()
     priority: str = Priority.NORMAL.value
 
@@ -86,6 +84,8 @@ def turned_around(spec: GroupSpec) -> GroupSpec:
         networks=tuple(back.items()),
         test_networks=(),
     )
+
+
 @dataclass(frozen=True, slots=True)
 class GroupDisk:
     """A disk of a group with its number in the stream. Numbers are never reused within a group."""
