@@ -88,7 +88,7 @@ class Home:
         """All of them, for this user only."""
         for path in (self.path, self.groups, self.store, self.logs, self.path / "recoveries", self.run):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("rings", "taps", "shippers", "views", "exports", "pids"):
+        for name in ("rings", "taps", "shippers", "views", "exports", "pids", "links"):
             (self.run / name).mkdir(mode=0o700, exist_ok=True)
         if self.config.qemu_group:
             self._open_to_guests()

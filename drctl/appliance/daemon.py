@@ -22,6 +22,7 @@ from drctl.appliance.held_store import HeldStores
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
 from drctl.appliance.lease import Leases
+from drctl.appliance.link_service import LinkService
 from drctl.appliance.metrics_service import MetricsService
 from drctl.appliance.notify import Notifier
 from drctl.appliance.picture import Pictures, Shown
@@ -55,6 +56,7 @@ class Appliance:
         self._host = _connect(home.config.uri, self._stopped)
         self._recovery = open_recovery(home.path, home.run, self._host, self._processes)
         self._source = SourceService(home, self._host, self._processes)
+        self._links = LinkService(home, self._source.protections)
         self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
         self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
         self._receiver = ReceiverLink(home, self._processes)
@@ -116,6 +118,9 @@ class Appliance:
         return {
             "appliance.info": lambda _params, _progress: self._info(),
             "appliance.metrics": self._metrics.answer,
+            "link.list": self._links.listed,
+            "link.put": self._links.put,
+            "link.limit": self._links.limit,
             "machine.list": lambda _params, _progress: machine_list(self._host),
             "group.put": self._group_put,
             "group.remove": self._group_remove,

@@ -17,6 +17,8 @@ from drctl.errors import DrctlError
 
 #: Methods that change something because somebody said so; what processes tell each other is not history.
 CHANGING = (
+    "link.put",
+    "link.limit",
     "group.put",
     "group.remove",
     "replicate.start",
@@ -42,6 +44,9 @@ CHANGING = (
 PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")
 #: What of the parameters a line keeps, besides the group.
 DETAILS = (
+    "site",
+    "rate",
+    "seconds",
     "checkpoint",
     "kind",
     "tags",

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.worker import Worker
 from drctl.errors import ApplianceUnreachable, DrctlError
+from drctl.store import link_limits
 
 #: A report that is older says nothing about now (the shipper reports each second and on every change).
 REPORT_SECONDS = 5.0
@@ -75,6 +76,11 @@ class ShipperLink:
                 "definition": str(self._home.groups / f"{state.spec.name}.definition"),
                 "interval": state.spec.checkpoint_interval,
                 "software": __version__,
+                "limits": [asdict(limit) for limit in state.spec.limits],
+                "priority": state.spec.priority,
+                "links": str(self._home.path / link_limits.FILE),
+                "share": str(self._home.run / "links" / f"{state.spec.recovery}.share"),
+                "site": state.spec.recovery,
             },
             indent=1,
         )

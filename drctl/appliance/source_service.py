@@ -99,6 +99,10 @@ class SourceService:
         """Raises NotFound."""
         return self._protection({"group": group})
 
+    def protections(self) -> list[Protection]:
+        with self._lock:
+            return [self._protections[name] for name in sorted(self._protections)]
+
     def names(self) -> list[str]:
         return sorted(self._protections)
 

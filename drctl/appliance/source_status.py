@@ -27,7 +27,12 @@ def source_status(protection: Protection) -> dict[str, Any]:
         "interval": state.spec.checkpoint_interval,
         "rpo_seconds": max(0.0, wall - newest["wall_ns"] / 1e9) if newest else None,
         "last_checkpoint": {"number": newest["number"], "time": newest["time"]} if newest else None,
-        "link": {"state": link.get("state", "unknown"), "offset_ms": link.get("offset_ms"), "error": link.get("error")},
+        "link": {
+            "state": link.get("state", "unknown"),
+            "offset_ms": link.get("offset_ms"),
+            "error": link.get("error"),
+            "limit": link.get("limit"),
+        },
         "backlog_bytes": status.get("backlog_bytes"),
         "sync": _sync(status, protection.shipper.sync_eta()),
         "machines": _machines(protection),

@@ -50,6 +50,7 @@ COMMANDS = {
     "host": Entry("host", "Hypervisor hosts."),
     "vm": Entry("vm", "Machines on the hosts, and which of them are protected."),
     "appliance": Entry("appliance", "The replication service of a host."),
+    "link": Entry("link", "Links between sites, and how fast they may be used."),
     "apply": Entry("apply", "Make the appliances do what groups/*.toml says."),
     "group": Entry("group", "Protection groups."),
     "replicate": Entry("replicate", "Start, pause, resume and stop the replication of a group."),

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from drctl.cli.limit_file import LinkLimit, read_link_limits
 from drctl.errors import ConfigInvalid, NotFound
+from drctl.model.bandwidth import RateLimit
 from drctl.model.extent import GiB, MiB
 from drctl.model.group import Retention
 from drctl.model.site import PREFIX, Host, HostKind, Login, Site
@@ -41,6 +43,7 @@ class Config:
     directory: Path | None
     sites: tuple[Site, ...]
     defaults: Defaults = field(default_factory=Defaults)
+    link_limits: tuple[LinkLimit, ...] = ()
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -60,6 +63,14 @@ class Config:
                 return host
         raise NotFound("host", name, known=[host.name for host in self.hosts])
 
+    def limits_from(self, site: str) -> dict[str, tuple[RateLimit, ...]]:
+        """What is said of the links from a site to each other one, in the order of the file."""
+        return {
+            other.name: tuple(each.limit for each in self.link_limits if each.concerns(site, other.name))
+            for other in self.sites
+            if other.name != site
+        }
+
 
 def config_candidates(environment: Mapping[str, str]) -> list[Path]:
     """The places where a configuration is looked for when none is named, in order."""
@@ -74,9 +85,10 @@ def load_config(path: Path) -> Config:
     names = _sites(top)
     hosts = _hosts(top, names, file.parent)
     defaults = read_defaults(top.table("defaults"))
+    limits = read_link_limits(top, names)
     top.finish()
     sites = tuple(Site(name, tuple(host for host in hosts if host.site == name)) for name in names)
-    return Config(f"config {file}", file.parent, sites, defaults)
+    return Config(f"config {file}", file.parent, sites, defaults, limits)
 
 
 def read_defaults(table: Table) -> Defaults:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from drctl.cli.config import MINIMUM_RING, NAME, Config, Defaults, read_interval
+from drctl.cli.limit_file import read_limits
 from drctl.errors import ConfigInvalid, NotFound
+from drctl.model.bandwidth import Priority
 from drctl.model.extent import GiB
 from drctl.model.group import BootPolicy, GroupSpec, Retention, Rung, StrayPolicy
 from drctl.toml.table import Table, read_toml
@@ -80,6 +82,8 @@ def decode_group(table: Table, config: Config) -> GroupSpec:
         test_networks=table.mapping("test_networks"),
         boot_without_peer=table.choice("boot_without_peer", [*BootPolicy], BootPolicy.WAIT.value),
         superseded_guest=table.choice("superseded_guest", [*StrayPolicy], StrayPolicy.TELL.value),
+        limits=read_limits(table, "limit"),
+        priority=table.choice("priority", [*Priority], Priority.NORMAL.value),
     )
     table.finish()
     if not spec.machines:

@@ -80,6 +80,10 @@ def _command(command: Any, path: list[str], *, nested: bool = True) -> Iterator[
 
 
 def _verb(command: Any, path: list[str]) -> Iterator[str]:
+    if hasattr(command, "commands"):
+        for name, verb in command.commands.items():
+            yield from _verb(verb, [*path, name])
+        return
     yield f'.SH "{_escape(" ".join(path)).upper()}"'
     yield from _synopsis(command, path)
     yield ".PP"

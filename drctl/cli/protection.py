@@ -29,7 +29,7 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "checkpoints": _get(recovery, "checkpoints", "count"),
         "history": _history(recovery),
         "journal": _part(recovery, "journal", ("bytes", "limit")),
-        "link": _part(source, "link", ("state", "offset_ms", "error")),
+        "link": _part(source, "link", ("state", "offset_ms", "error", "limit")),
         "backlog_bytes": _get(source, "backlog_bytes"),
         "sync": _get(source, "sync"),
         "ring": _part(source, "ring", ("size", "used")),

@@ -14,6 +14,7 @@ from drctl.cli.inventory import Answer, Inventory, Place, ask, in_parallel, take
 from drctl.cli.options import Format, MaybeGroup, Output, begin, examples, noun
 from drctl.cli.protection import describe, merge, sync_share
 from drctl.errors import ApplianceUnreachable, NotFound
+from drctl.model.bandwidth import format_rate
 
 app = noun("Show how groups are protected.")
 
@@ -222,7 +223,12 @@ def _link(link: dict[str, Any]) -> str:
     reason = error.get("message") if isinstance(error, dict) else error
     skew = abs(float(link.get("offset_ms") or 0)) / 1000
     skewed = f"; the two sites' clocks differ by {render.duration(skew)}" if skew > SKEW_WARNING else ""
-    return render.word(link.get("state")) + (f": {reason}" if reason else "") + skewed
+    return render.word(link.get("state")) + (f": {reason}" if reason else "") + _limit(link) + skewed
+
+
+def _limit(link: dict[str, Any]) -> str:
+    limit = link.get("limit")
+    return f"; limited to {format_rate(limit['rate'])} ({limit['scope']}, {limit['because']})" if limit else ""
 
 
 def _point(point: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from drctl.model.bandwidth import Priority, RateLimit
 from drctl.model.extent import GiB
 
 
@@ -49,7 +50,8 @@ class GroupSpec:
     """What the operator wrote in `groups/NAME.toml`. Intervals in seconds.
 
     `networks` maps a source network to its name at the recovery site, `test_networks` the same for tests
-    (a network not named there is cut off in a test)."""
+    (a network not named there is cut off in a test). `limits` bounds what its stream may send (the first one whose
+    window is open counts), `priority` its part of a link that is limited."""
 
     name: str
     source: str

@@ -33,6 +33,14 @@ class Needs(StrEnum):
     NOTHING = "nothing"
 
 
+class Pending(StrEnum):
+    """What the next step is about. A link's limit holds up LIVE and SYNC; what is URGENT is small, and goes at once."""
+
+    URGENT = "urgent"
+    LIVE = "live"
+    SYNC = "sync"
+
+
 @dataclass(frozen=True, slots=True)
 class SendDefinition:
     version: int
@@ -118,6 +126,8 @@ class Progress:
         self._must_pass = False
         #: Largest number of a mark that the receiver had when the connection was made.
         self.receiver_number = 0
+        #: The link is limited: records do not take turns with reads but go first, as far as the reads let them.
+        self.records_first = False
 
     # events
 
@@ -294,6 +304,27 @@ class Progress:
 
     # what to send
 
+    def pending(self) -> Pending | None:
+        """What the next step is about; None: there is none now. Nothing counts as sent by it."""
+        if not self.connected:
+            return None
+        waiting = self.marks.next_to_send()
+        due = waiting is not None and waiting.sequence == self.cursor
+        if self._definition_sent < self.definition_version or due or self.marks.next_to_prove() is not None:
+            return Pending.URGENT
+        records, sync = self._records(waiting), self.sync
+        if sync is None or waiting is not None or (records is not None and self._turn_of_records):
+            return Pending.LIVE if records else None
+        if sync.state is SyncState.BEGINNING or sync.progress_due or sync.at_end():
+            return Pending.URGENT
+        if sync.state is SyncState.READING and sync.ready:
+            return Pending.SYNC
+        return Pending.LIVE if records else None
+
+    @property
+    def _turn_of_records(self) -> bool:
+        return self._sync_was_last or self.records_first
+
     def next_step(self) -> Step | None:
         """What goes into the connection next; None: nothing now. The step counts as sent when this returns, but for
         records, whose end is told by `shipped`."""
@@ -313,17 +344,19 @@ class Progress:
 
     def _next_data(self, waiting: Mark | None) -> Step | None:
         """Records and reads take turns, so that neither starves the other."""
-        upto = self._published if waiting is None else min(self._published, waiting.sequence)
-        sync = self.sync
-        if sync is not None and (hold := sync.hold) is not None:
-            upto = min(upto, hold)
-        records = SendRecords(self.cursor, upto) if upto > self.cursor else None
-        if sync is None or waiting is not None or (records is not None and self._sync_was_last):
+        records, sync = self._records(waiting), self.sync
+        if sync is None or waiting is not None or (records is not None and self._turn_of_records):
             self._sync_was_last = False
             return records
         step = self._next_sync(sync)
         self._sync_was_last = isinstance(step, SendSyncData)
         return step or records
+
+    def _records(self, waiting: Mark | None) -> SendRecords | None:
+        upto = self._published if waiting is None else min(self._published, waiting.sequence)
+        if self.sync is not None and (hold := self.sync.hold) is not None:
+            upto = min(upto, hold)
+        return SendRecords(self.cursor, upto) if upto > self.cursor else None
 
     def _next_sync(self, sync: Sync) -> Step | None:
         if sync.state is SyncState.BEGINNING:

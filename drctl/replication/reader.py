@@ -80,6 +80,9 @@ class Peer:
 
     exchange: SignatureExchange
     cursor: Callable[[], int]
+    #: Of a window, in bytes, what the link's limit leaves; and whether the guest's writes need all of the link now.
+    room: Callable[[int], int] = lambda window: window
+    behind: Callable[[], bool] = lambda: False
 
 
 class Reader:
@@ -263,9 +266,16 @@ class Reader:
         """Wait until one more read may start. False: this attempt is over."""
         sync = walk.sync
         await self.pace.take(length)
-        while not walk.over and (sync.outstanding + length > window or self._port.fill() > CONGESTED):
+        while not walk.over and (sync.outstanding + length > self._window(length, window) or self._congested()):
             await self._wait()
         return not walk.over
+
+    def _window(self, length: int, window: int) -> int:
+        # One read is always let through, and one more so that the disk is not idle while the link is not.
+        return max(2 * length, self.peer.room(window))
+
+    def _congested(self) -> bool:
+        return self._port.fill() > CONGESTED or self.peer.behind()
 
     async def _one(self, walk: _Walk, read: Read) -> None:
         data = await walk.connection.read(read.extent.offset, read.extent.length)

@@ -37,6 +37,7 @@ from drctl.replication.shipper_marks import MarkCutter, Witness
 from drctl.replication.shipper_state import Definition, LinkState, ShipperState, status
 from drctl.replication.shipper_stream import StreamSender
 from drctl.replication.shipper_sync import SyncJob
+from drctl.replication.throttle import Throttle
 
 FIRST_BACKOFF = 0.2
 LONGEST_BACKOFF = 5.0
@@ -59,10 +60,13 @@ class Shipper:
         definition.load()
         progress = Progress(ring.epoch, ring.released, definition.version)
         progress.look(ring.look())
-        self.state = ShipperState(config, ring, progress, definition, Stamp(ring.generation, ring.epoch))
+        throttle = Throttle(config)
+        self.state = ShipperState(config, ring, progress, definition, Stamp(ring.generation, ring.epoch), throttle)
         self._cutter = MarkCutter(self.state)
         self._witness = Witness(self.state)
-        peer = Peer(self.state.exchange, lambda: progress.cursor)
+        peer = Peer(
+            self.state.exchange, lambda: progress.cursor, throttle.room, lambda: throttle.behind(ring.used_bytes())
+        )
         reader = Reader(ring, peer, self.state.moved, self.state.wake.set, Pace(config.read_limit))
         self._pace = reader.pace
         self._sync = SyncJob(self.state, reader)
@@ -97,9 +101,17 @@ class Shipper:
             rest.look(self.state.link.sent_bytes, now)
             priority.look(now, self.state.ring.fill(), self.state.progress.marks.oldest_age(now), now - due)
             due = now + LONGEST_WAIT
+            self._limits()
             if self.state.definition.refresh():
                 self._definition_changed()
             await asyncio.sleep(LONGEST_WAIT)
+
+    def _limits(self) -> None:
+        before = self.state.throttle.told()
+        self.state.throttle.refresh()
+        if self.state.throttle.told() != before:
+            self.state.wake.set()
+            self.state.changed.set()
 
     def _definition_changed(self) -> None:
         self.state.progress.definition_version = self.state.definition.version

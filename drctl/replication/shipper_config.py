@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from drctl.errors import SetupFailed
+from drctl.model.bandwidth import RateLimit
 
 #: Below this, marks cost more than they tell (design: checkpoint interval).
 SHORTEST_INTERVAL = 0.5
@@ -17,7 +18,10 @@ class ShipperConfig(msgspec.Struct, frozen=True):
 
     `ring`, `bell`, `control` (our socket), `supervisor` (its socket), `definition` (a JSON file: the DEFINITION frame's
     fields), `tls`: paths. `peer`: HOST:PORT of the receiver; `peer_appliance`: the UUID it must have, empty: any on
-    the list. `interval`: seconds between marks. `read_limit`: bytes a second for the reader, 0: none."""
+    the list. `interval`: seconds between marks. `read_limit`: bytes a second for the reader, 0: none.
+
+    `limits` and `priority` are the group's; `links` is the file with the limits of links, `site` the other one's name
+    in it, and `share` the table by which this host's shippers share the link."""
 
     group: str
     host: str
@@ -33,6 +37,11 @@ class ShipperConfig(msgspec.Struct, frozen=True):
     interval: float = 5.0
     read_limit: int = 0
     software: str = ""
+    limits: tuple[RateLimit, ...] = ()
+    priority: str = "normal"
+    links: str = ""
+    share: str = ""
+    site: str = ""
 
 
 def load_config(path: Path) -> ShipperConfig:

@@ -20,6 +20,7 @@ from drctl.replication.ring_port import RingPort
 from drctl.replication.shipper_config import ShipperConfig
 from drctl.replication.signature_exchange import SignatureExchange
 from drctl.replication.survey import Findings
+from drctl.replication.throttle import Throttle
 from drctl.wire.link import JournalSpace
 
 
@@ -99,6 +100,7 @@ class ShipperState:
     progress: Progress
     definition: Definition
     stamp: Stamp
+    throttle: Throttle
     clock: ClockOffset = field(default_factory=ClockOffset)
     link: LinkStatus = field(default_factory=LinkStatus)
     journal: JournalSpace = field(default_factory=JournalSpace)
@@ -157,6 +159,7 @@ def status(state: ShipperState) -> dict[str, Any]:
             "offset_ms": state.clock.offset_ns / 1e6 if state.clock.known else None,
             "round_trip_ms": state.clock.round_trip_ns / 1e6 if state.clock.known else None,
             "clock_skewed": state.clock.skewed,
+            "limit": state.throttle.told(),
         },
         "ring": {
             "size": ring.ring.data_capacity,

@@ -7,17 +7,19 @@ in the order of the steps, and acknowledged by the receiver. A few MiB are betwe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from drctl.errors import ApplianceUnreachable, ProtocolViolation, Refused, WrongPhase
-from drctl.model.extent import FRAME_PAYLOAD, MiB
+from drctl.model.extent import FRAME_PAYLOAD
 from drctl.replication import framing
 from drctl.replication.framing import Stamp
 from drctl.replication.link import Connection
 from drctl.replication.progress import (
+    Pending,
     SendDefinition,
     SendMark,
     SendProof,
@@ -34,8 +36,7 @@ from drctl.wire import link as wire
 from drctl.wire.frame import FrameKind, Parts
 from drctl.wire.signature import PartMasks, Signatures
 
-#: Data of one step, and steps between ring and socket: 4 MiB in flight, however large the ring.
-STEP_BYTES = MiB
+#: Steps between ring and socket, of a MiB each at most (Throttle.step_bytes): 4 MiB in flight, however large the ring.
 STEP_RECORDS = 1024
 STEPS = 4
 PING_EVERY = 2.0
@@ -61,6 +62,9 @@ class StreamSender:
         self._heard = time.monotonic()
         self._signature_key = b""
         self._received = 0
+        #: Bytes of frames that were written, and of all else that is charged to the link's limit.
+        self._frames_sent = 0
+        self._else_charged = 0
 
     async def run(self, stands: Callable[[], None]) -> None:
         """`stands` is called after WELCOME. Raises Refused, ApplianceUnreachable, ProtocolViolation, WrongPhase,
@@ -130,14 +134,47 @@ class StreamSender:
         while True:
             view = state.ring.look()
             state.progress.look(view)
+            pending = self._pending()
+            if pending in (Pending.LIVE, Pending.SYNC) and (wait := state.throttle.ask(live=pending is Pending.LIVE)):
+                await self._rest(wait)
+                continue
             step = state.progress.next_step()
             if step is None:
                 # Not for the cursor: while a read holds it, records beyond it are no reason to look again.
                 await state.ring.wait(view.published)
                 continue
-            await self._steps.put(self._messages_of(step))
+            messages = self._messages_of(step)
+            if state.throttle.rate:
+                # Its size is known when it is packed, and the next step's turn depends on it.
+                size = sum(map(len, await messages))
+                state.throttle.charge(size, live=pending is not Pending.SYNC)
+            await self._steps.put(messages)
             if isinstance(step, SendRecords) and state.ring.published - state.progress.cursor < _GATHER_BELOW:
                 await asyncio.sleep(GATHER)
+
+    def _pending(self) -> Pending | None:
+        """What comes next where the link is limited; None where it is not, or nothing waits."""
+        state = self._state
+        limited = bool(state.throttle.rate)
+        state.progress.records_first = limited
+        if not limited:
+            return None
+        # Questions of a comparison don't wait, but what follows them does.
+        others = self._connection.sent_bytes - self._frames_sent
+        if others > self._else_charged:
+            state.throttle.charge(others - self._else_charged, live=False)
+            self._else_charged = others
+        pending = state.progress.pending()
+        if pending is None:
+            state.throttle.idle()
+        return pending
+
+    async def _rest(self, seconds: float) -> None:
+        """Until the link may be used again, or something came that does not wait for it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._state.wake.wait()
+        self._state.wake.clear()
 
     def _messages_of(self, step: Step) -> _Messages:
         if isinstance(step, SendRecords):
@@ -148,7 +185,7 @@ class StreamSender:
 
     def _records(self, step: SendRecords) -> _Messages:
         state = self._state
-        batch = state.ring.batch(step.after, step.upto, STEP_BYTES, STEP_RECORDS)
+        batch = state.ring.batch(step.after, step.upto, state.throttle.step_bytes, STEP_RECORDS)
         assert batch is not None
         state.progress.shipped(batch.last)
         state.shipped_records += len(batch)
@@ -210,6 +247,7 @@ class StreamSender:
     async def _write(self) -> None:
         while True:
             for message in await (await self._steps.get()):
+                self._frames_sent += len(message)
                 await self._connection.send_frames(message)
                 self._state.link.sent_bytes += len(message)
 

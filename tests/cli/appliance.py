@@ -82,6 +82,9 @@ class FakeAppliance:
         self.tests: list[dict[str, Any]] = []
         self.failovers: list[dict[str, Any]] = []
         self.handover: dict[str, Any] | None = None
+        self.limits: list[dict[str, Any]] = []
+        self.override: dict[str, Any] | None = None
+        self.in_force: dict[str, Any] | None = None
 
     def call(
         self,
@@ -199,6 +202,32 @@ class FakeAppliance:
             "history": {"seconds": 3600.0, "target": 604800.0, "forecast": None},
             "recoveries": self.failovers,
         }
+
+    def _link_list(self, params: dict[str, Any]) -> list[dict[str, Any]]:
+        other = "beta" if self.site == "alpha" else "alpha"
+        groups = [
+            {"group": name, "priority": spec["priority"], "limits": spec["limits"], "override": None, "rate": None}
+            | {"because": "", "until": None, "state": "connected", "in_force": self.in_force}
+            | {"sent_bytes": 2**20, "backlog_bytes": 4096}
+            for name, spec in self.groups.items()
+            if spec["source"] == self.site
+        ]
+        link = {"site": other, "host": f"{other[0]}1", "address": "127.0.0.1:7002", "limits": self.limits}
+        return [link | {"override": self.override, "rate": None, "because": "", "until": None, "groups": groups}]
+
+    def _link_put(self, params: dict[str, Any]) -> dict[str, Any]:
+        changed = list(params["limits"])
+        self.limits = params["limits"][changed[0]]
+        return {"changed": changed}
+
+    def _link_limit(self, params: dict[str, Any]) -> dict[str, Any]:
+        rate = params["rate"]
+        until = NOW + params["seconds"] if params.get("seconds") else 0
+        self.override = None if rate is None else {"rate": rate, "until": until, "by": params["by"]}
+        row = self._link_list({})[0]
+        return (
+            row if rate is None else row | {"rate": rate, "because": f"set by {params['by']}", "until": until or None}
+        )
 
     def _fence_note(self, _: dict[str, Any]) -> dict[str, Any]:
         return {}

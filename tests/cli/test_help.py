@@ -21,23 +21,28 @@ MAN = Path(__file__).parents[2] / "man"
 READING = {
     "status", "history", "explain", "doctor", "site list", "site show", "host list", "host show", "vm list", "vm show",
     "appliance list", "group list", "group show", "checkpoint list", "checkpoint show", "checkpoint verify", "test list",
-    "lab status", "plan list", "plan validate", "plan show", "run list", "run show", "run verify",
+    "lab status", "plan list", "plan validate", "plan show", "run list", "run show", "run verify", "link show", "link limit show",
 }  # fmt: skip
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
     "replicate stop", "resync", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "switchover", "commit",
     "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "plan run", "run resume", "lab up", "lab down",
+    "link limit set", "link limit clear",
 }  # fmt: skip
 #: For other programs: a service, a monitoring plugin and a scraper know no --output.
 SERVICE = {"appliance run", "check", "metrics", "plan schema"}
 
 
 def commands() -> dict[str, object]:
-    found = {}
+    def leaves(name: str, command) -> dict[str, object]:
+        found = {}
+        for verb, inner in getattr(command, "commands", {}).items():
+            found |= leaves(f"{name} {verb}", inner)
+        return found or {name: command}
+
+    found: dict[str, object] = {}
     for name in COMMANDS:
-        command = load(name)
-        verbs = getattr(command, "commands", None)
-        found |= {f"{name} {verb}": inner for verb, inner in verbs.items()} if verbs else {name: command}
+        found |= leaves(name, load(name))
     return found
 
 

@@ -23,6 +23,10 @@ GROUP = {
     "sync": (dict, NONE), "ring": (dict, NONE), "machines": list, "boot": (dict, NONE), "strays": (list, NONE), "recovery_mode": (str, NONE), "recoveries": list,
     "source": (dict, NONE), "recovery": (dict, NONE),
 }  # fmt: skip
+LINK = {
+    "from": str, "from_host": str, "to": str, "to_host": str, "address": str, "limits": list, "override": (dict, NONE),
+    "rate": (int, NONE), "because": str, "until": (*NUMBER, NONE), "groups": list,
+}  # fmt: skip
 CHECKPOINT = {
     "number": int, "time": NUMBER, "iso": str, "age_seconds": NUMBER, "kind": str, "tags": list, "pinned": bool,
     "generation": int, "epoch": str, "sequence": int,
@@ -121,7 +125,10 @@ CONTRACT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "kept",
         KEPT,
     ),
-    "apply --dry-run": ("apply", {"dry_run": bool, "changes": list}, "changes", CHANGE),
+    "apply --dry-run": ("apply", {"dry_run": bool, "changes": list, "links": list}, "changes", CHANGE),
+    "link show": ("links", {"links": list, "unreachable": list}, "links", LINK),
+    "link limit show": ("link-limits", {"links": list, "unreachable": list}, "links", LINK),
+    "link limit set alpha beta 1Mbit/s": ("link-limits", {"links": list, "unreachable": list}, "links", LINK),
     "plan list": ("plans", {"plans": list}, "plans", PLAN),
     "plan show web": ("plan", STEPS, "steps", STEP),
     "plan validate web": (

@@ -13,6 +13,7 @@ from drctl.errors import WrongPhase
 from drctl.model.extent import Extent
 from drctl.replication.marks import RingView
 from drctl.replication.progress import (
+    Pending,
     Progress,
     SendDefinition,
     SendMark,
@@ -22,12 +23,25 @@ from drctl.replication.progress import (
     SendSyncData,
     SendSyncEnd,
     SendSyncProgress,
+    Step,
 )
 from drctl.replication.sync_progress import Read, Sync, SyncState
 from drctl.wire.link import Ack, Position, SyncPlace, Welcome
 
 BLOCKS = 8
 EPOCH = "e" * 32
+
+
+def _pending(step: Step | None) -> Pending | None:
+    """What the core should have said of a step before it made it."""
+    match step:
+        case None:
+            return None
+        case SendRecords():
+            return Pending.LIVE
+        case SendSyncData():
+            return Pending.SYNC
+    return Pending.URGENT
 
 
 @dataclass
@@ -268,10 +282,17 @@ class Stream:
         self.draining = None
         return "new shipper"
 
+    def limit(self) -> str:
+        """The link's limit begins, or ends: records go first while there is one."""
+        self.core.records_first = not self.core.records_first
+        return "limited" if self.core.records_first else "unlimited"
+
     def send(self) -> str:
         """One step of the core onto the wire."""
         self.core.look(self.ring.view())
+        pending = self.core.pending()
         step = self.core.next_step()
+        assert pending is _pending(step), (pending, step)
         frames = [] if step is None else self._frames(step)
         self.wire += frames
         return " ".join(_told(frame) for frame in frames) or "nothing"

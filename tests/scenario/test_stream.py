@@ -126,6 +126,7 @@ ACTIONS = st.one_of(
                 "read",
                 "settle",
                 "settle",
+                "limit",
             ]
         )
     ),
