@@ -204,13 +204,24 @@ def _log_in(client: paramiko.SSHClient, login: Login, sock: socket.socket) -> No
             host=login.host,
         ) from exc
     except (paramiko.AuthenticationException, paramiko.PasswordRequiredException, FileNotFoundError) as exc:
-        raise LoginRefused(
-            f"{login}: the login was refused: {exc}",
-            hint=f"offered: {login.identity or 'the keys of ssh-agent and ~/.ssh'}; a passphrase needs the agent",
-            host=login.host,
-        ) from exc
+        raise _refused(login, exc) from exc
     except (OSError, EOFError, paramiko.SSHException) as exc:
+        if _is_waiting_for_login(client):
+            raise _refused(login, "the key is not accepted there, or is none") from exc
         raise HostUnreachable(f"{login.host} port {login.port}: no SSH session: {exc}", host=login.host) from exc
+
+
+def _refused(login: Login, reason: object) -> LoginRefused:
+    hint = f"offered: {login.identity or 'the keys of ssh-agent and ~/.ssh'}; a passphrase needs the agent"
+    return LoginRefused(f"{login}: the login was refused: {reason}", hint=hint, host=login.host)
+
+
+def _is_waiting_for_login(client: paramiko.SSHClient) -> bool:
+    """Whether the session stands and only its login failed.
+
+    paramiko tries a key file as each kind of key: after a refused ECDSA key it tells that it is no Ed25519 key."""
+    transport = client.get_transport()
+    return transport is not None and transport.is_active() and not transport.is_authenticated()
 
 
 def _load_known_hosts(client: paramiko.SSHClient, login: Login) -> set[str]:
