@@ -13,9 +13,10 @@ from typing import Any
 
 from drctl.cli import render
 from drctl.cli.context import Context
-from drctl.cli.junit import Case, Suite, write_junit
+from drctl.cli.junit import write_junit
 from drctl.cli.person import Person
 from drctl.cli.plan_site import GroupSite
+from drctl.cli.report_text import suite
 from drctl.errors import CleanUpFailed, Interrupted, StepFailed
 from drctl.plan.engine import Engine, Verdict
 from drctl.plan.execute import Executed, Execution
@@ -24,7 +25,8 @@ from drctl.plan.output import tame_line
 from drctl.plan.perform import Performer, Surroundings
 from drctl.plan.plan import Mode
 from drctl.plan.record import RunRecord, read_record
-from drctl.plan.step import Compiled, Step, StepKind
+from drctl.plan.report import make_report, rto
+from drctl.plan.step import Compiled
 from drctl.store.run_log import RunLog
 
 
@@ -51,7 +53,7 @@ class Conduct:
         with _signals(execution):
             executed = execution.run()
         if junit is not None:
-            write_junit(junit, [suite(self.compiled, self._told())])
+            write_junit(junit, [suite(make_report(self._told()))])
         return self._finish(self._told(), executed)
 
     def _told(self) -> RunRecord:
@@ -95,16 +97,6 @@ class Conduct:
         return 0
 
 
-def rto(record: RunRecord) -> float | None:
-    """From the run's beginning until its last step of the way forward ended."""
-    ends = [
-        one.begun + one.seconds
-        for one in record.steps.values()
-        if one.seconds is not None and not one.id.endswith(("/clean-up", "/undo"))
-    ]
-    return max(0.0, max(ends) - record.began) if ends else None
-
-
 def _raise(record: RunRecord, executed: Executed) -> None:
     """The error that a verdict is, none for a good one."""
     failed = [f"{one.id}: {one.reason}" for one in record.steps.values() if one.outcome == "failed"]
@@ -140,24 +132,6 @@ def narrate(context: Context, compiled: Compiled, event: Mapping[str, Any]) -> N
         reason = event.get("reason") or event.get("seen") or ""
         words = f"  {tame_line(step.text)}: {event['outcome']}, {took}"
         context.screen.say(words + (f"; {tame_line(str(reason))}" if reason else ""))
-
-
-def suite(compiled: Compiled, record: RunRecord) -> Suite:
-    """A case per step but gates: by machine where it is one's, else by stage, group or plan."""
-    name = compiled.plan.name
-    return Suite(
-        f"plan run {name} {compiled.mode}",
-        [_case(name, step, record) for step in compiled.steps if step.kind is not StepKind.GATE],
-    )
-
-
-def _case(plan: str, step: Step, record: RunRecord) -> Case:
-    owner = ".".join(part for part in (plan, step.stage, step.group, step.machine) if part)
-    told = record.steps.get(step.id)
-    if told is None:
-        return Case(owner, step.text, skipped=f"not begun: {record.why}")
-    failure = (told.reason or "failed") if told.outcome == "failed" else "" if told.outcome else "unfinished"
-    return Case(owner, step.text, failure=failure, said=told.output, seconds=told.seconds)
 
 
 @contextmanager

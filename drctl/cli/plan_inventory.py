@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from drctl.cli.context import Context
@@ -20,11 +20,13 @@ FORECAST_TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """What is known of groups; `silent` appliances did not answer. `loss` by group in seconds, where it was told."""
+    """What is known of groups; `silent` appliances did not answer. `loss` by group in seconds, where it was told.
+    `versions` of software by host."""
 
     known: facts.Inventory
     silent: tuple[Answer, ...] = ()
     loss: Mapping[str, float] | None = None
+    versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def from_files(context: Context) -> Stock:
@@ -40,7 +42,8 @@ def from_appliances(context: Context, groups: Sequence[str]) -> Stock:
     base = dict(from_files(context).known.groups)
     inventory = take_inventory(context)
     machines = {answer.host.name: answer for answer in ask_all(context, "machine.list")}
-    abilities = {answer.host.name: _abilities(answer) for answer in ask_all(context, "appliance.info")}
+    infos = ask_all(context, "appliance.info")
+    abilities = {answer.host.name: _abilities(answer) for answer in infos}
     wanted = [name for name in groups if name in base or name in inventory.groups]
     looked = in_parallel(lambda name: _Look(context, inventory, name).take(base.get(name)), wanted)
     loss: dict[str, float] = {}
@@ -50,7 +53,8 @@ def from_appliances(context: Context, groups: Sequence[str]) -> Stock:
             loss[name] = look.loss
     silent = tuple(answer for answer in machines.values() if answer.failed)
     complete = not silent and not inventory.silent
-    return Stock(facts.Inventory(base, complete=complete), silent or inventory.silent, loss)
+    versions = {answer.host.name: _versions(answer.result) for answer in infos if not answer.failed}
+    return Stock(facts.Inventory(base, complete=complete), silent or inventory.silent, loss, versions)
 
 
 def _of_spec(spec: GroupSpec) -> GroupFacts:
@@ -71,6 +75,11 @@ def _abilities(answer: Answer) -> frozenset[Ability]:
         return frozenset(Ability)  # unknown is no lack
     told = answer.result.get("capabilities") or {}
     return frozenset(ability for ability in Ability if told.get(ability.value))
+
+
+def _versions(info: Mapping[str, Any]) -> dict[str, str]:
+    told = {"drctl": info.get("version"), **(info.get("versions") or {})}
+    return {str(name): str(version) for name, version in told.items() if version}
 
 
 class _Look:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from drctl.cli import plan_report, plan_show, render, runs
 from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.junit import write_junit
-from drctl.cli.plan_conduct import Conduct, rto
+from drctl.cli.plan_conduct import Conduct
+from drctl.cli.plan_files import plan_commit
 from drctl.cli.plan_inventory import Stock, from_appliances
 from drctl.cli.plan_moves import MoveSite, Outlook, move_site
 from drctl.cli.plan_site import DrillSite
@@ -36,6 +38,7 @@ from drctl.plan.inventory import Ending
 from drctl.plan.plan import Mode, Plan
 from drctl.plan.read import load_plan
 from drctl.plan.record import FORMAT, RunRecord, read_record, reopened
+from drctl.plan.report import described, rto
 from drctl.plan.step import Compiled, Options
 from drctl.store import atomic
 from drctl.store.run_log import RunLog, run_path
@@ -122,7 +125,8 @@ class Attempt:
         name = f"{moment:%Y%m%dT%H%M%SZ}-{self.plan.name}-{secrets.token_hex(2)}"
         site = self.site or DrillSite(context, self.plan.groups, name)
         with RunLog.create(run_path(directory, name)) as log:
-            events = [log.append(self._first(name), context.clock.time())]
+            first = [self._first(name), *described(self.compiled)]
+            events = [log.append(event, context.clock.time()) for event in first]
             return Conduct(context, self.compiled, site, log, events, self.path.parent).run(name, junit)
 
     def _check(self) -> None:
@@ -153,10 +157,13 @@ class Attempt:
             "checkpoint": self._checkpoint(),
             "keep": self.compiled.options.keep,
             "operator": self.context.settings.operator,
+            "place": platform.node(),
             "version": __version__,
+            "versions": dict(self.stock.versions),
+            "commit": plan_commit(self.path),
             "loss_seconds": self._forecast()["loss_seconds"],
             **(_order(self.site) if self.site else {}),
-            "steps": [step.id for step in self.compiled.steps],
+            **_aims(self.plan),
         }
 
     def _forecast(self) -> dict[str, Any]:
@@ -201,8 +208,18 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
             return 0
         with _alone(directory, plan.name), site.alone() if isinstance(site, MoveSite) else nullcontext():
             resumed = {"event": "resumed", "operator": context.settings.operator}
-            events.append(log.append(resumed, context.clock.time()))
+            events += [log.append(event, context.clock.time()) for event in (resumed, *described(compiled))]
             return Conduct(context, compiled, site, log, events, path.parent).run(name, junit)
+
+
+def _aims(plan: Plan) -> dict[str, Any]:
+    """What a report compares with, whatever the plan says by then."""
+    return {
+        "description": plan.description,
+        "rto_target": plan.rto_target,
+        "rpo_target": plan.rpo_target,
+        "stage_targets": {stage.name: stage.rto_target for stage in plan.stages if stage.rto_target},
+    }
 
 
 def _has_rest(record: RunRecord) -> bool:

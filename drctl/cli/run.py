@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,14 @@ from drctl.errors import IntegrityError
 from drctl.plan.output import tame, tame_line
 from drctl.plan.record import StepRecord
 from drctl.store.run_log import list_runs
+
+
+class ReportFormat(StrEnum):
+    HTML = "html"
+    JUNIT = "junit"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
 
 app = noun("Executions of plans, as their records tell them.")
 
@@ -122,6 +131,39 @@ def _step_json(step: StepRecord) -> dict[str, object]:
         "output": step.output,
         "attempts": step.attempts,
     }
+
+
+@app.command(
+    epilog=examples(
+        "drctl run report 20260131T021005Z-shop-3f9c --format html --output drill.html",
+        "drctl run report 20260131T021005Z-shop-3f9c --format markdown",
+    )
+)
+def report(
+    ctx: typer.Context,
+    run: RunName,
+    kind: Annotated[
+        ReportFormat,
+        typer.Option("--format", "-f", metavar="html|junit|json|markdown", help="What it is written as."),
+    ],
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where it goes; stdout without it.")
+    ] = None,
+) -> None:
+    """Tell one run for others: outcome, times against targets, checkpoints, what failed, the last drills.
+
+    html is one file without scripts, to mail and to print; nothing in it is fetched from elsewhere. junit has a case
+    for each machine and check. What scripts said is cut where it is long, and the text says so; json has all of it
+    that the record kept."""
+    from drctl.cli import run_report
+
+    context = begin(ctx)
+    text = run_report.render(run_report.look(context, run), kind)
+    if file is None:
+        context.screen.line(text.rstrip("\n"))
+    else:
+        run_report.write(file, text)
+        context.screen.say(f"{file}: {len(text.encode())} bytes")
 
 
 @app.command(epilog=examples("drctl run verify 20260131T021005Z-shop-3f9c --output json"))

@@ -61,6 +61,20 @@ def last_run(context: Context, plan: str, mode: Mode, *, passed: bool = False) -
     return None
 
 
+def earlier(context: Context, record: RunRecord, count: int) -> list[RunRecord]:
+    """The newest `count` runs of the same plan and mode that are not newer than this one. Their names begin with the
+    time and go on with the plan, so that others need not be read."""
+    found: list[RunRecord] = []
+    names = [name for name in list_runs(run_directory(context)) if f"-{record.plan}-" in name and name < record.run]
+    for name in reversed(names[-LOOKED_AT:]):
+        other = look(context, name).record
+        if other is not None and (other.plan, other.mode) == (record.plan, record.mode):
+            found.append(other)
+        if len(found) == count:
+            break
+    return found
+
+
 def digest(path: Path) -> str:
     """Of a plan's file: what a record says about which text it was."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -135,6 +135,7 @@ class Vm:
     networks: tuple[tuple[str, str], ...] = ()
     test_networks: tuple[tuple[str, str], ...] = ()
     time_limit: float = 300.0
+    rto_target: float = 0.0
     on_failure: OnFailure = OnFailure.STOP
     checks: tuple[Check, ...] = ()
     scripts: tuple[Script, ...] = ()
@@ -153,6 +154,7 @@ class Stage:
     vms: tuple[Vm, ...] = ()
     all_of: tuple[str, ...] = ()
     time_limit: float = 0.0
+    rto_target: float = 0.0
     on_failure: OnFailure = OnFailure.STOP
     checks: tuple[Check, ...] = ()
     scripts: tuple[Script, ...] = ()
@@ -165,7 +167,8 @@ class Plan:
     """What `plans/NAME.toml` says. Invariant: stages are in an order that satisfies `after`, and name no other's VM.
 
     `settlement` happens `settle_after` seconds after a switchover or failover, done by the recovery site.
-    `rto_target` (0: none) is compared with how long it took."""
+    `rto_target` (0: none) is compared with how long it took, as those of stages and machines are; `rpo_target` with
+    how old the newest checkpoint of a group was when its recovery was ordered."""
 
     name: str
     groups: tuple[str, ...]
@@ -173,6 +176,7 @@ class Plan:
     description: str = ""
     time_limit: float = 3600.0
     rto_target: float = 0.0
+    rpo_target: float = 0.0
     on_failure: OnFailure = OnFailure.STOP
     settlement: Settlement | None = None
     settle_after: float = 0.0

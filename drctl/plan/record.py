@@ -3,6 +3,7 @@
 Events, in the order in which they happen; the log (store/run_log.py) gives each a number, a time and a hash:
 
     run      who began what: run, plan, mode, digest of the plan's file, options
+    steps    what its steps are: id, kind, text, stage, group, machine
     resumed  somebody goes on with it
     begin    a step is begun: durable before it is
     end      it came to its end: outcome, seconds, reason, output
@@ -21,6 +22,8 @@ from drctl.plan.inventory import Ending, Progress
 
 #: Of the record's format; in the first event.
 FORMAT = 1
+#: Of a step's end, what StepRecord has fields for.
+_TOLD = frozenset(("n", "time", "previous", "event", "step", "outcome", "seconds", "reason", "output"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,15 @@ class StepRecord:
     seconds: float | None = None
     reason: str = ""
     output: str = ""
+    #: what else its end tells, e.g. `attempts`, `seen`, `checkpoint`
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run as its record tells it. `verdict` is empty while it runs, or when it was killed."""
+    """A run as its record tells it. `verdict` is empty while it runs, or when it was killed.
+
+    `described` says of each step what it is, in the order of the plan; a record of an older version has it not."""
 
     run: str
     plan: str
@@ -53,6 +60,7 @@ class RunRecord:
     verdict: str = ""
     ended: float | None = None
     resumed: int = 0
+    described: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def progress(self) -> Progress:
         """How far it is by the record alone; what is true at the hosts is to be added."""
@@ -70,6 +78,7 @@ def read_record(events: Iterable[Mapping[str, Any]]) -> RunRecord | None:
     """The run that events tell of; None when there is not even its beginning. Unknown events are passed over."""
     record: RunRecord | None = None
     steps: dict[str, StepRecord] = {}
+    described: dict[str, Mapping[str, Any]] = {}
     for event in events:
         kind = event.get("event")
         if kind == "run":
@@ -78,9 +87,11 @@ def read_record(events: Iterable[Mapping[str, Any]]) -> RunRecord | None:
             return None
         elif kind in ("begin", "end"):
             _step(steps, event)
+        elif kind == "steps":
+            described |= {str(row["id"]): row for row in event["steps"]}
         else:
             record = _whole(record, event)
-    return replace(record, steps=steps) if record else None
+    return replace(record, steps=steps, described=described) if record else None
 
 
 def _first(event: Mapping[str, Any]) -> RunRecord:
@@ -133,4 +144,5 @@ def _step(steps: dict[str, StepRecord], event: Mapping[str, Any]) -> None:
         seconds=event.get("seconds"),
         reason=str(event.get("reason", "")),
         output=str(event.get("output", "")),
+        facts={key: value for key, value in event.items() if key not in _TOLD},
     )

@@ -21,7 +21,7 @@ MAN = Path(__file__).parents[2] / "man"
 READING = {
     "status", "history", "explain", "doctor", "site list", "site show", "host list", "host show", "vm list", "vm show",
     "appliance list", "group list", "group show", "checkpoint list", "checkpoint show", "checkpoint verify", "test list",
-    "lab status", "plan list", "plan validate", "plan show", "run list", "run show", "run verify", "link show", "link limit show",
+    "lab status", "plan list", "plan validate", "plan show", "run list", "run show", "run verify", "run report", "link show", "link limit show",
 }  # fmt: skip
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
