@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -104,7 +104,9 @@ class BootGuard:
     ask: Callable[[GroupState], Answer]
     stopped: threading.Event
     monotonic: Callable[[], float]
-    duty: Duty = Duty.NONE
+    #: Called before guests are started: until then the hook refuses them (undecided).
+    decided: Callable[[], None] = lambda: None
+    duty: Duty = Duty.ASKING
     reason: str = ""
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -114,7 +116,7 @@ class BootGuard:
         self.duty = Duty.ASKING
         while not self.stopped.is_set():
             state = self.group.state
-            if state.desired is Desired.STOPPED or not wanted(state):
+            if state.desired is Desired.STOPPED or not state.guests:
                 self._conclude(Duty.REFUSED if state.phase is Phase.FAILED_OVER else Duty.NONE, state.reason)
                 return
             answer = self.ask(state)
@@ -143,8 +145,11 @@ class BootGuard:
             asked = step is Step.START
             if not asked:
                 log.warning("%s: its guests are started unasked (boot_without_peer = allow): %s", name, answer.reason)
+            self.duty = Duty.STARTED if asked else Duty.ALLOWED
+            self.decided()
             self._start(wanted(state))
-            self._conclude(Duty.STARTED if asked else Duty.ALLOWED, "" if asked else answer.reason)
+            done = Duty.STARTED if wanted(state) else Duty.NONE
+            self._conclude(done if asked else Duty.ALLOWED, "" if asked else answer.reason)
 
     def _start(self, names: list[str]) -> None:
         """One guest that does not start must not keep the others down."""
@@ -174,6 +179,9 @@ class GuardFiles:
         self._directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def has(self, key: str) -> bool:
+        return (self._directory / key).exists()
+
     def sync(self, refused: Mapping[str, str]) -> None:
         """Make the directory say this: UUID (or a name, where that is all that is known) → reason in one line."""
         present = {path.name: path for path in self._directory.iterdir() if not path.name.startswith(".")}
@@ -187,6 +195,22 @@ class GuardFiles:
                 fresh = self._directory / f".{key}.new"
                 fresh.write_text(text)
                 fresh.replace(path)
+
+
+def undecided(boots: Iterable[BootGuard]) -> dict[str, str]:
+    """What the files shall say of guests that the host's boot would start before the other site has answered.
+
+    Who removes a file by hand starts the guest on their own word: it is not written again."""
+    return {
+        note.uuid or note.name: (
+            f"drctl: {note.name} of group {guard.group.state.spec.name} may not be started yet: its other site has not "
+            "said since the host's boot whether the group still reigns here. When it is certain that it does not run "
+            "there, remove this file"
+        )
+        for guard in boots
+        if guard.duty in (Duty.ASKING, Duty.WAITING) and guard.group.state.desired is not Desired.STOPPED
+        for note in guard.group.state.guests
+    }
 
 
 def refusals(states: list[GroupState]) -> dict[str, str]:

@@ -80,6 +80,7 @@ class Appliance:
         self._handovers.resume(self._source.names())
         self._control.start()
         self._metrics.start()
+        self._source.await_first_answers()
         self._notifier.ready(f"appliance of {self._home.config.host}, site {self._home.config.site}")
         log.info("appliance of %s (%s): ready", self._home.config.host, self._home.config.site)
         while not self._stopped.wait(SUPERVISE_SECONDS):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drctl import __version__
+from drctl.appliance import libvirt_guests
 from drctl.appliance.client import Client
 from drctl.appliance.config import Home
 from drctl.appliance.libvirt_hook import HOOK_PATH
@@ -57,6 +58,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
     findings += _certificate_findings(home)
     findings += _rejections(home)
     findings += hook_findings(config.uri, HOOK_PATH)
+    findings += [_finding(severity, "libvirt-guests", *told) for severity, *told in libvirt_guests.findings(config.uri)]
     return {
         "site": config.site,
         "host": config.host,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from drctl.appliance.boot_guard import BootGuard, BootMarks, Duty, GuardFiles, GuestHost, refusals
+from drctl.appliance.boot_guard import BootGuard, BootMarks, Duty, GuardFiles, GuestHost, refusals, undecided
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.protection import Protection
@@ -20,6 +20,8 @@ from drctl.replication.reign import ANY_GENERATION, Answer, Question, Reign, ask
 
 #: After something unforeseen.
 RETRY_SECONDS = 5.0
+#: What comes after us at the host's boot (libvirt-guests) waits so long for the first answers.
+FIRST_ANSWER_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +39,35 @@ class ReignGuard:
         self._lifted: set[str] = set()
         self._states: Sequence[GroupState] = ()
         self._said: dict[str, str] | None = None
+        self._boots: list[BootGuard] = []
+        #: Guests whose file somebody removed: to be started on their own word.
+        self._released: set[str] = set()
 
     def boot(self, protection: Protection) -> None:
         """Start the group's guests if the host was booted since they were last looked after; in a thread of its own."""
         name = protection.state.spec.name
         if self.marks.done(name):
             return
-        guard = BootGuard(protection, self._host, self.marks, self._ask, self._stopped, time.monotonic)
+        guard = BootGuard(protection, self._host, self.marks, self._ask, self._stopped, time.monotonic, self._decided)
         protection.boot = guard
+        self._boots.append(guard)
         threading.Thread(target=self._run, args=(guard,), name=f"boot-{name}", daemon=True).start()
+
+    def await_first_answers(self) -> None:
+        """Until each group's other site was asked once since the host's boot, for some seconds at most."""
+        deadline = time.monotonic() + FIRST_ANSWER_SECONDS
+        while any(guard.duty is Duty.ASKING for guard in self._boots) and time.monotonic() < deadline:
+            if self._stopped.wait(0.05):
+                return
+
+    def _undecided(self) -> dict[str, str]:
+        asked = undecided(self._boots)
+        self._released |= {key for key in asked if key in (self._said or {}) and not self._files.has(key)}
+        return {key: text for key, text in asked.items() if key not in self._released}
+
+    def _decided(self) -> None:
+        """Its guests may be started, or are refused by what the group's state says."""
+        self.sync(self._states)
 
     def _run(self, guard: BootGuard) -> None:
         """Until the duty is done: guests that nobody starts are an outage, whatever went wrong."""
@@ -77,7 +99,7 @@ class ReignGuard:
         with self._lock:
             self._states = states
             here = [s for s in states if s.spec.name not in self._lifted and superseded_here(s, self._home.store)]
-            wanted = refusals(here)
+            wanted = self._undecided() | refusals(here)
             if wanted != self._said:
                 self._files.sync(wanted)
                 self._said = wanted

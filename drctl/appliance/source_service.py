@@ -51,6 +51,10 @@ class SourceService:
             self._reign.boot(self._open(name))
         self.refuse_superseded()
 
+    def await_first_answers(self) -> None:
+        """Let what comes after us at the host's boot find the boot guard's first answers."""
+        self._reign.await_first_answers()
+
     def refuse_superseded(self) -> None:
         """Keep what libvirt's hook reads as the groups are. Cheap; call it often."""
         self._reign.sync([protection.state for protection in list(self._protections.values())])

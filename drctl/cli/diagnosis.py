@@ -174,10 +174,12 @@ def _boot(picture: Mapping[str, Any]) -> list[Finding]:
     """Guests that the host's boot should have brought up."""
     boot = picture.get("boot") or {}
     group, reason = str(picture["group"]), str(boot.get("reason") or "")
-    guests = ", ".join(boot.get("autostart") or ())
+    guests = ", ".join(boot.get("autostart") or ()) or "its guests"
     match boot.get("state"):
         case "waiting":
-            hint = f"is the other site up? if its link is lost for long: virsh start; or boot_without_peer of {group}"
+            hint = (
+                f"is the other site up? if its link is lost for long: boot_without_peer of {group}, or what virsh says"
+            )
             return [error(group, f"{guests} wait to be started since the host's boot: {reason}", hint)]
         case "denied":
             return [

@@ -10,9 +10,21 @@ import msgspec
 import pytest
 
 from drctl.appliance import guest_notes, libvirt_hook
-from drctl.appliance.boot_guard import GRACE_SECONDS, BootGuard, BootMarks, Duty, GuardFiles, Step, decide, refusals
+from drctl.appliance.boot_guard import (
+    GRACE_SECONDS,
+    BootGuard,
+    BootMarks,
+    Duty,
+    GuardFiles,
+    Step,
+    decide,
+    refusals,
+    undecided,
+)
+from drctl.appliance.config import ApplianceToml, Home
 from drctl.appliance.group_state import Desired, GroupState, GuestNote
 from drctl.appliance.info import hook_findings
+from drctl.appliance.reign_guard import ReignGuard
 from drctl.appliance.strays import Strays, superseded_here
 from drctl.errors import HypervisorRefused, NotFound
 from drctl.model.group import GroupSpec
@@ -313,3 +325,46 @@ def test_files_go_when_the_group_is_no_longer_superseded(tmp_path, guarded):
     GuardFiles(guarded / "guard").sync({})
     assert hook(tmp_path, home=guarded).returncode == 0
     assert list((guarded / "guard").iterdir()) == []
+
+
+# -- until it is decided ------------------------------------------------------------------------------------------------
+
+
+def test_until_it_is_decided_the_hook_refuses_every_guest_of_the_group(tmp_path):
+    world = World(tmp_path, SILENT, HERE)
+    assert set(undecided([world.guard])) == {UUID, "b", "c"}
+    seen = []
+    world.guard.decided = lambda: seen.append((dict(undecided([world.guard])), world.running()))
+    world.run()
+    assert seen == [({}, [])]  # free before the first one is started
+
+
+def test_a_group_whose_guests_never_start_at_boot_is_asked_about_too(tmp_path):
+    """libvirt-guests would start what ran at the shutdown."""
+    world = World(tmp_path, ELSEWHERE)
+    guests = tuple(msgspec.structs.replace(note, autostart=False) for note in world.group.state.guests)
+    world.group.state = msgspec.structs.replace(world.group.state, guests=guests)
+    assert world.run() is Duty.REFUSED
+    assert world.asked == 1
+
+
+def test_a_file_that_was_removed_by_hand_stays_away(tmp_path):
+    home = Home(
+        tmp_path, ApplianceToml("alpha", "a1", "test:///default", "127.0.0.1:0", "u", run=str(tmp_path / "run"))
+    )
+    reign = ReignGuard(home, Host())
+    world = World(tmp_path, SILENT)
+    reign._boots.append(world.guard)
+    reign.sync([world.group.state])
+    guard = tmp_path / "guard"
+    assert {path.name for path in guard.iterdir()} == {UUID, "b", "c"}
+    (guard / "b").unlink()
+    reign.sync([world.group.state])
+    other = World(tmp_path / "other", SILENT)
+    other.group.state = msgspec.structs.replace(other.group.state, guests=(GuestNote("db-1", "d"),))
+    reign._boots.append(other.guard)
+    reign.sync([world.group.state])
+    assert {path.name for path in guard.iterdir()} == {UUID, "c", "d"}
+    world.guard.duty = Duty.STARTED
+    reign.sync([world.group.state])
+    assert {path.name for path in guard.iterdir()} == {"d"}
