@@ -11,6 +11,7 @@ import msgspec
 
 from drctl.errors import ConfigInvalid, NotFound, SetupFailed
 from drctl.model.extent import GiB
+from drctl.model.hook import TIME_LIMIT
 from drctl.toml.table import Table, read_toml
 
 RUN = "/run/drctl"
@@ -30,7 +31,8 @@ class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's keys. `uri` is libvirt's, `run` a directory on tmpfs, `link` where this appliance listens.
 
     `qemu_group` is a group that guests' QEMUs and the appliance are in, where they run as different users; `metrics`
-    is a file that is written for node_exporter's textfile collector."""
+    is a file that is written for node_exporter's textfile collector; `notify` a command that is told of changed states,
+    `notify_timeout` its limit in seconds."""
 
     site: str
     host: str
@@ -42,6 +44,8 @@ class ApplianceToml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: str = ""
     images: str = ""
     scratch_limit: int = SCRATCH_LIMIT
+    notify: tuple[str, ...] = ()
+    notify_timeout: float = TIME_LIMIT
     peer: tuple[Peer, ...] = ()
 
 
@@ -129,6 +133,8 @@ def load(home: Path) -> Home:
         metrics=top.text("metrics", "", pattern=r"/\S+\.prom", example="/var/lib/prometheus/node-exporter/drctl.prom"),
         images=top.text("images", ""),
         scratch_limit=top.size("scratch_limit", SCRATCH_LIMIT),
+        notify=top.strings("notify", (), unique=False),
+        notify_timeout=top.duration("notify_timeout", TIME_LIMIT, minimum=1, maximum=600),
         peer=peers,
     )
     top.finish()

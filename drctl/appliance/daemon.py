@@ -31,10 +31,12 @@ from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
 from drctl.appliance.seed_service import SeedService
 from drctl.appliance.source_service import SourceService
+from drctl.appliance.state_watch import States, StateWatch, group_states
 from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
 from drctl.hypervisor.libvirt import LibvirtHypervisor
+from drctl.model.hook import Hook
 from drctl.store import atomic
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class Appliance:
         )
         self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
         self._metrics = MetricsService(self._info, self._source, self._stores, home.config.metrics)
+        hook = Hook(home.config.notify, home.config.notify_timeout, str(home.path))
+        self._watch = StateWatch(hook, (home.config.site, home.config.host), self._states)
         history = History(home.path / "history.jsonl", self._pictures.take_quietly)
         self._control = ControlServer(home.control, history.watch(Leases(home.store).watch(self._handlers())))
 
@@ -89,6 +93,7 @@ class Appliance:
         self._notifier.stopping()
         self._source.settle()  # while shippers can still ask us
         self._metrics.stop()
+        self._watch.stop()
         self._control.stop()
         self._recovery.close()
         self._source.close()
@@ -103,6 +108,7 @@ class Appliance:
             self._recovery.supervise()
             self._source.refuse_superseded()
             self._handovers.look()
+            self._watch.look_again()
         except DrctlError as exc:
             log.warning("%s", exc.message)
         except Exception:  # the supervisor's edge: it must outlive any single thing it looks at
@@ -206,6 +212,14 @@ class Appliance:
         del params, progress
         found = [{"group": name, "role": "source", **self._source.summary(name)} for name in self._source.names()]
         return found + [self._store_summary(name) for name in self._stores.names()]
+
+    def _states(self) -> States:
+        sources, stores = self._source.names(), self._stores.names()
+        return group_states(
+            [(name, self._source.summary(name)["phase"]) for name in sources],
+            [(name, str(self._store_summary(name)["mode"])) for name in stores],
+            [one for name in stores for one in self._recovery.recoveries(name)],
+        )
 
     def _store_summary(self, name: str) -> dict[str, Any]:
         """A store that can't be opened must not hide the others; its `group.status` says what is wrong with it."""

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from drctl.cli import checks
+from drctl.cli import check_drill, checks
 from drctl.cli.checks import Limits
 from drctl.cli.context import Context
 from drctl.cli.inventory import Answer, ask, in_parallel
-from drctl.cli.options import MaybeGroup, examples
-from drctl.cli.plugin import Range, State, Verdict, line, parse_range
+from drctl.cli.options import examples, seconds
+from drctl.cli.plugin import Range, State, Verdict, at_most, line, parse_range
 from drctl.cli.status import look
 from drctl.errors import ApplianceUnreachable
 from drctl.model.site import Host
@@ -29,6 +29,7 @@ class What(StrEnum):
     CERTIFICATE = "certificate"
     CLOCK = "clock"
     SPACE = "space"
+    DRILL = "drill"
     ALL = "all"
 
 
@@ -49,8 +50,8 @@ class _Look:
     """Asks each thing once, whatever needs it."""
 
     def __init__(self, context: Context, group: str) -> None:
-        self._context = context
-        self._group = group
+        self.context = self._context = context
+        self.group = self._group = group
         self.silent: list[dict[str, str]] = []
         self._pictures: list[dict[str, Any]] | None = None
         self._asked: list[_Asked] | None = None
@@ -144,6 +145,7 @@ _CHECKS: dict[What, Callable[[_Look, Limits], list[Verdict]]] = {
     What.CERTIFICATE: _certificate,
     What.CLOCK: _clock,
     What.SPACE: _space,
+    What.DRILL: lambda found, limits: check_drill.of_all(found.context, found.group, limits),
 }
 
 
@@ -159,6 +161,7 @@ def _range(text: str) -> Range:
         "drctl check rpo web",
         "drctl check rpo web --warning 30s --critical 5m",
         "drctl check space --critical 5:",
+        "drctl check drill shop --max-age 30d",
         "drctl check all",
     )
 )
@@ -167,10 +170,12 @@ def check(
     what: Annotated[
         What,
         typer.Argument(
-            metavar="WHAT", help="rpo, journal, appliance, certificate, clock, space or all.", show_choices=False
+            metavar="WHAT",
+            help="rpo, journal, appliance, certificate, clock, space, drill or all.",
+            show_choices=False,
         ),
     ],
-    group: MaybeGroup = "",
+    group: Annotated[str, typer.Argument(metavar="NAME", help="One group, or one plan of drill; all without it.")] = "",
     warning: Annotated[
         Range | None,
         typer.Option("--warning", "-w", metavar="RANGE", parser=_range, help="Warn outside of this range."),
@@ -178,6 +183,12 @@ def check(
     critical: Annotated[
         Range | None,
         typer.Option("--critical", "-c", metavar="RANGE", parser=_range, help="Critical outside of this range."),
+    ] = None,
+    max_age: Annotated[
+        float | None,
+        typer.Option(
+            "--max-age", parser=seconds, metavar="DURATION", help="drill: critical when the last good one is older."
+        ),
     ] = None,
 ) -> int:
     """Check one thing for a monitoring system.
@@ -187,16 +198,25 @@ def check(
     RANGE is that of the monitoring-plugins guidelines: 30s (alert above), 10: (alert below), 5:20, @5:20; durations and
     sizes may be written out. rpo in seconds, journal in percent used, appliance and clock in seconds, certificate in
     days left, space in percent free. Defaults: rpo 3 and 12 times the group's interval (15s and 60s at least), journal
-    80 and 95, appliance 1s and 2s, certificate 30: and 7:, clock 1s and 30s, space 10: and 2:.
+    80 and 95, appliance 1s and 2s, certificate 30: and 7:, clock 1s and 30s, space 10: and 2:, drill none
+    and 30d.
+
+    drill looks at the records of this machine's runs: CRITICAL without a good one, when the last one failed, or when it
+    is older than --max-age; WARNING when the plan was changed since.
 
     An unknown recovery point is CRITICAL; a wrong command line or configuration, or an internal failure, is UNKNOWN."""
     context = ctx.obj
     assert isinstance(context, Context)
     if what is What.ALL and (warning or critical):
         raise typer.BadParameter("all has many units: give --warning and --critical to one check")
-    found, limits = _Look(context, group), Limits(warning, critical)
-    chosen = list(_CHECKS) if what is What.ALL else [what]
-    verdicts = [verdict for one in chosen for verdict in _CHECKS[one](found, limits)]
+    if max_age is not None and (what is not What.DRILL or critical):
+        raise typer.BadParameter("--max-age goes with drill, and stands for --critical")
+    found, limits = _Look(context, group), Limits(warning, at_most(max_age) if max_age is not None else critical)
+    if what is What.DRILL and group:
+        verdicts = check_drill.of_plan(context, group, limits)
+    else:
+        chosen = list(_CHECKS) if what is What.ALL else [what]
+        verdicts = [verdict for one in chosen for verdict in _CHECKS[one](found, limits)]
     state, text = line(f"drctl {what}", verdicts)
     context.screen.line(text)
     return int(state)

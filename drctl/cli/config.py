@@ -13,6 +13,7 @@ from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.bandwidth import RateLimit
 from drctl.model.extent import GiB, MiB
 from drctl.model.group import Retention
+from drctl.model.hook import TIME_LIMIT, Hook
 from drctl.model.site import PREFIX, Host, HostKind, Login, Site
 from drctl.toml.table import Table, read_toml
 
@@ -44,6 +45,7 @@ class Config:
     sites: tuple[Site, ...]
     defaults: Defaults = field(default_factory=Defaults)
     link_limits: tuple[LinkLimit, ...] = ()
+    hook: Hook = field(default_factory=Hook)
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -86,9 +88,14 @@ def load_config(path: Path) -> Config:
     hosts = _hosts(top, names, file.parent)
     defaults = read_defaults(top.table("defaults"))
     limits = read_link_limits(top, names)
+    hook = Hook(
+        command=top.strings("notify", (), unique=False),
+        time_limit=top.duration("notify_timeout", TIME_LIMIT, minimum=1, maximum=600),
+        directory=str(file.parent),
+    )
     top.finish()
     sites = tuple(Site(name, tuple(host for host in hosts if host.site == name)) for name in names)
-    return Config(f"config {file}", file.parent, sites, defaults, limits)
+    return Config(f"config {file}", file.parent, sites, defaults, limits, hook)
 
 
 def read_defaults(table: Table) -> Defaults:

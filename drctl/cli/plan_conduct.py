@@ -21,6 +21,7 @@ from drctl.errors import CleanUpFailed, Interrupted, StepFailed
 from drctl.plan.engine import Engine, Verdict
 from drctl.plan.execute import Executed, Execution
 from drctl.plan.inventory import Ending
+from drctl.plan.notify import Notifications
 from drctl.plan.output import tame_line
 from drctl.plan.perform import Performer, Surroundings
 from drctl.plan.plan import Mode
@@ -50,11 +51,24 @@ class Conduct:
         )
         performer = Performer(self.site, Person(self.context.screen).ask, around)
         execution = Execution(Engine(self.compiled), performer, self._record, self.context.clock.monotonic)
-        with _signals(execution):
-            executed = execution.run()
-        if junit is not None:
-            write_junit(junit, [suite(make_report(self._told()))])
+        notifications = Notifications(self.context.config.hook, self.context.screen.say)
+        self._tell(notifications, "run-begun", {"resumed": bool(self._told().resumed)})
+        try:
+            with _signals(execution):
+                executed = execution.run()
+            told = self._told()
+            outcome = {"verdict": executed.verdict.value, "why": told.why, "rto_seconds": rto(told)}
+            self._tell(notifications, "run-ended", outcome)
+            if junit is not None:
+                write_junit(junit, [suite(make_report(told))])
+        finally:
+            notifications.close()
         return self._finish(self._told(), executed)
+
+    def _tell(self, notifications: Notifications, event: str, facts: Mapping[str, Any]) -> None:
+        told = self._told()
+        about = {"run": told.run, "plan": told.plan, "mode": told.mode, "operator": self.context.settings.operator}
+        notifications.tell(event, {**about, **facts, "time": self.context.clock.time()})
 
     def _told(self) -> RunRecord:
         record = read_record(self.events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,19 @@ def look_all(context: Context, last: int = 0) -> list[Run]:
     return [look(context, name) for name in list_runs(run_directory(context))[-last:]]
 
 
+def ended(context: Context, plan: str, mode: Mode) -> Iterator[RunRecord]:
+    """The runs of a plan in a mode that came to their end, newest first, each read when it is asked for."""
+    names = [name for name in list_runs(run_directory(context)) if f"-{plan}-" in name]
+    for name in reversed(names[-LOOKED_AT:]):
+        record = look(context, name).record
+        if record is not None and (record.plan, record.mode) == (plan, mode.value) and record.verdict:
+            yield record
+
+
 def last_run(context: Context, plan: str, mode: Mode, *, passed: bool = False) -> RunRecord | None:
     """The newest run of a plan in a mode that came to its end."""
-    for name in reversed(list_runs(run_directory(context))[-LOOKED_AT:]):
-        record = look(context, name).record
-        if record is None or (record.plan, record.mode) != (plan, mode.value) or not record.verdict:
-            continue
-        if not passed or record.verdict == Verdict.PASSED:
-            return record
-    return None
+    found = ended(context, plan, mode)
+    return next((record for record in found if not passed or record.verdict == Verdict.PASSED), None)
 
 
 def earlier(context: Context, record: RunRecord, count: int) -> list[RunRecord]:

@@ -8,6 +8,7 @@ import os
 import selectors
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -49,17 +50,20 @@ def run_script(
     directory: Path,
     time_limit: float,
     cancelled: Event | None = None,
+    stdin: bytes = b"",
 ) -> Ran:
     """Run it to its end. At the time limit, or when `cancelled` is set, its whole process group is ended; what an
     orderly one leaves running goes on.
 
-    `environment` is added to ours. Its stdin is empty, so that nothing in it can wait for an answer. Never raises for
-    what the command does."""
+    `environment` is added to ours. Its stdin ends after `stdin`, so that nothing in it can wait for an answer. Never
+    raises for what the command does."""
     begun = time.monotonic()
+    given: IO[bytes] | None = None
     try:
+        given = _given(stdin) if stdin else None
         process = subprocess.Popen(
             list(arguments),
-            stdin=subprocess.DEVNULL,
+            stdin=given or subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
@@ -69,6 +73,9 @@ def run_script(
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         return Ran(None, "", f"can't be started: {arguments[0]}: {reason}", time.monotonic() - begun)
+    finally:
+        if given is not None:
+            given.close()
     with process:
         assert process.stdout is not None
         capture = Capture()
@@ -82,6 +89,14 @@ def run_script(
     if reason == "time limit":
         reason = f"time limit of {time_limit:g} s"
     return Ran(code, capture.text(), reason, time.monotonic() - begun)
+
+
+def _given(data: bytes) -> IO[bytes]:
+    """A file that is read from its beginning: a pipe could be full before the command reads."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller, once the command has it
+    file.write(data)
+    file.seek(0)
+    return file
 
 
 def _follow(
