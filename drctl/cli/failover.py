@@ -80,7 +80,7 @@ def failover(
         return forecast.leave_it_at_that()
     forecast.check(source_is_down)
     confirm_name(context.screen, group, typed=confirm)
-    return forecast.carry_out(order | forecast.fence(source_is_down))
+    return forecast.carry_out(order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +168,27 @@ class Forecast:
         return {"source_is_down": source_is_down or f"it was fenced: {outcome}"}
 
     def carry_out(self, order: dict[str, Any]) -> int:
-        """Boot it; the exit code. It goes to the checkpoint that was shown, or a newer one where that was `latest`."""
+        """Fence the source and boot it; the exit code. It goes to the checkpoint that was shown, or a newer one where
+        that was `latest`. Under the group's lease, so that of two operators one alone fences.
+
+        Raises Locked, naming the other one, and Refused when the group is not any more as it was shown."""
         context, group = self.context, self.group
-        with leased(context, group, "failover", self.inventory):
-            result = self.boot(order)
+        with leased(context, group, "failover", self.inventory, must=True):
+            self._demand_unchanged()
+            result = self.boot(order | self.fence(order["source_is_down"]))
         after = pictures.take(context, self.inventory, group)
         pictures.show(context, "after", after)
         return _finish(context, result, before=self.before, after=after)
+
+    def _demand_unchanged(self) -> None:
+        """Another operator may have come first, and back: what runs at the source then must not be fenced."""
+        status = self.context.call(self.host, "group.status", group=self.group, role="recovery", timeout=READ_TIMEOUT)
+        if status.get("generation") != self.plan.get("generation", 0) - 1:
+            raise Refused(
+                f"{self.group} was changed meanwhile: it is of generation {status.get('generation')} now",
+                hint=f"see: drctl history {self.group}; then give the command again",
+                group=self.group,
+            )
 
     def boot(self, order: dict[str, Any]) -> dict[str, Any]:
         """The same under the lease that the context carries: the recovery."""

@@ -17,11 +17,14 @@ LEASE_SECONDS = 30.0
 
 
 @contextmanager
-def leased(context: Context, group: str, verb: str, inventory: Inventory | None = None) -> Iterator[None]:
+def leased(
+    context: Context, group: str, verb: str, inventory: Inventory | None = None, *, must: bool = False
+) -> Iterator[None]:
     """Nobody else changes the group meanwhile; the calls inside carry the lease. Raises Locked, naming its holder.
 
-    A recovery site that does not answer keeps no lease, and nothing can be changed there: then it goes on without."""
-    with lease(context, group, verb, inventory) as token:
+    A recovery site that does not answer keeps no lease, and nothing can be changed there: then it goes on without,
+    unless it `must` have one (ApplianceUnreachable)."""
+    with lease(context, group, verb, inventory, must=must) as token:
         before, context.lease = context.lease, token or context.lease
         try:
             yield
@@ -30,9 +33,11 @@ def leased(context: Context, group: str, verb: str, inventory: Inventory | None 
 
 
 @contextmanager
-def lease(context: Context, group: str, verb: str, inventory: Inventory | None = None) -> Iterator[str]:
+def lease(
+    context: Context, group: str, verb: str, inventory: Inventory | None = None, *, must: bool = False
+) -> Iterator[str]:
     """The same for one of several groups: the token of its lease, for `Context.under`; empty where there is none."""
-    taken = _take(context, group, verb, inventory)
+    taken = _take(context, group, verb, inventory, must=must)
     if taken is None:
         yield ""
         return
@@ -47,7 +52,9 @@ def lease(context: Context, group: str, verb: str, inventory: Inventory | None =
             context.call(host, "lease.release", timeout=READ_TIMEOUT, group=group, token=token)
 
 
-def _take(context: Context, group: str, verb: str, inventory: Inventory | None) -> tuple[Host, str] | None:
+def _take(
+    context: Context, group: str, verb: str, inventory: Inventory | None, *, must: bool
+) -> tuple[Host, str] | None:
     """The lease's keeper and its token; None where there is none to be had."""
     holder = f"{context.settings.operator}@{platform.node()} (pid {os.getpid()})"
     try:
@@ -57,6 +64,8 @@ def _take(context: Context, group: str, verb: str, inventory: Inventory | None) 
         )
         return host, str(taken["token"])
     except ApplianceUnreachable as exc:
+        if must:
+            raise
         context.screen.say(f"no lease on {group}: {exc.message}; see to it that nobody else works on it")
     except NotFound:  # a group that no site knows is refused by the command itself
         pass

@@ -9,7 +9,7 @@ import pytest
 
 from drctl.cli.config import load_config
 from drctl.cli.fencing import fence, unusable
-from drctl.errors import ConfigInvalid
+from drctl.errors import ApplianceUnreachable, ConfigInvalid, Locked
 from drctl.model.site import Host, HostKind
 
 
@@ -149,3 +149,46 @@ def test_a_history_that_can_not_be_written_stops_no_failover(web):
     world = web("/bin/true")
     world.beta.replies["fence.note"] = OutOfSpace("full")
     assert world("failover", "web", "--confirm", "web").code == 0
+
+
+def _order(world):
+    wanted = ("lease.take", "fence.note", "failover.run", "lease.release")
+    return [method for method, _ in world.beta.calls if method in wanted]
+
+
+def test_the_lease_is_taken_before_anything_is_fenced_and_held_to_the_end(web):
+    world = web("/bin/true")
+    assert world("failover", "web", "--confirm", "web").code == 0
+    assert _order(world) == ["lease.take", "fence.note", "failover.run", "lease.release"]
+
+
+def test_a_second_operator_fences_nothing_and_is_told_of_the_first(web, tmp_path):
+    mark = tmp_path / "fenced"
+    world = web("/bin/sh", "-c", f"touch {mark}")
+    world.beta.replies["lease.take"] = Locked(
+        "web is being worked on: ann@desk (pid 7), failover, its lease ends in 20 s"
+    )
+    result = world("failover", "web", "--source-is-down", "fire", "--confirm", "web")
+    assert (result.code, "ann@desk (pid 7), failover" in result.err) == (13, True)
+    assert not mark.exists()
+    assert _order(world) == ["lease.take"]
+
+
+def test_without_a_lease_nothing_is_fenced(web, tmp_path):
+    mark = tmp_path / "fenced"
+    world = web("/bin/sh", "-c", f"touch {mark}")
+    world.beta.replies["lease.take"] = ApplianceUnreachable("b1 hung up")
+    assert world("failover", "web", "--confirm", "web").code == ApplianceUnreachable.exit_code
+    assert not mark.exists()
+
+
+def test_a_group_that_was_moved_and_brought_back_meanwhile_is_not_fenced(web, tmp_path):
+    """Between what was shown and the lease another operator failed over and rolled back."""
+    mark = tmp_path / "fenced"
+    world = web("/bin/sh", "-c", f"touch {mark}")
+    plan = world.beta.replies["failover.plan"]
+    world.beta.replies["failover.plan"] = plan | {"generation": plan["generation"] - 1}
+    result = world("failover", "web", "--source-is-down", "fire", "--confirm", "web")
+    assert (result.code, "was changed meanwhile" in result.err) == (14, True)
+    assert not mark.exists()
+    assert _order(world) == ["lease.take", "lease.release"]
