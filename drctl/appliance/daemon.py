@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drctl.appliance import config as configuration
+from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.group_state import spec_from
@@ -58,6 +59,7 @@ class Appliance:
         self._host = _connect(home.config.uri, self._stopped)
         self._recovery = open_recovery(home.path, home.run, self._host, self._processes)
         self._source = SourceService(home, self._host, self._processes)
+        self._served = CheckpointServer(home.run, home.store, self._processes)
         self._links = LinkService(home, self._source.protections)
         self._expiry = StoreExpiry(home.store, home.run / "receiver.sock")
         self._stores = StoreService(home.store, self._expiry, self._recovery.recoveries)
@@ -77,6 +79,7 @@ class Appliance:
 
     def serve(self) -> None:
         self._supervise_children()
+        self._served.sweep()
         self._host.watch(self._source.happened)
         self._held.forgotten()
         self._recovery.resume()
@@ -95,6 +98,7 @@ class Appliance:
         self._metrics.stop()
         self._watch.stop()
         self._control.stop()
+        self._served.close()
         self._recovery.close()
         self._source.close()
         self._host.close()
@@ -144,6 +148,7 @@ class Appliance:
             "checkpoint.choose": stores.checkpoint_choose,
             "checkpoint.tag": stores.checkpoint_tag,
             "checkpoint.verify": stores.checkpoint_verify,
+            "checkpoint.serve": self._served.serve,
             "test.start": recovery.test_start,
             "test.list": recovery.test_list,
             "test.stop": recovery.test_stop,

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from drctl.cli import points, render
+from drctl.cli import checkpoint_copy, points, render
 from drctl.cli.confirm import propose
 from drctl.cli.inventory import side
 from drctl.cli.options import CheckpointName, DryRun, Format, GroupName, Output, Yes, begin, examples, noun
 from drctl.errors import IntegrityError
 
 app = noun("Points in time that a group can be recovered to.")
+checkpoint_copy.install(app)
 
 #: Lines of a listing for people; JSON has all.
 LAST = 30

@@ -1,7 +1,8 @@
 """The view server: the disks of a group at one checkpoint as read-only NBD exports on a unix socket.
 
 `python -m drctl.replication.view_server CONFIG.json` where the file holds {store, group, checkpoint, epoch, view,
-socket, exports}: `store` is the group's store directory, `exports` names the disks (MACHINE.TARGET), all when empty.
+socket, exports, port}: `store` is the group's store directory, `exports` names the disks (MACHINE.TARGET), all when
+empty; `port` is one of the loopback address to listen on as well, 0: none.
 
 One thread per connection answers its requests in order, several at a time in one send; reading, checking and unpacking
 release the interpreter's lock. A damaged frame is an error of the requests that need it, never a wrong byte."""
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from drctl.errors import DrctlError, ProtocolViolation
+from drctl.errors import DrctlError, PreconditionFailed, ProtocolViolation
 from drctl.model.extent import Extent, KiB, MiB
 from drctl.store.group_store import GroupStore
 from drctl.store.view import View
@@ -66,6 +67,7 @@ class Config:
     view: str
     socket: Path
     exports: tuple[str, ...]
+    port: int = 0
 
     @classmethod
     def read(cls, path: Path) -> Config:
@@ -78,6 +80,7 @@ class Config:
             str(data["view"]),
             Path(data["socket"]),
             tuple(data.get("exports", ())),
+            int(data.get("port") or 0),
         )
 
 
@@ -256,12 +259,14 @@ def _status(disk: Disk, offset: int, length: int, *, one: bool) -> list[tuple[in
 
 
 class ViewServer:
-    """Listens on one socket. Invariant: the socket's path always leads to a server, if to any."""
+    """Listens on one socket, and on a port when there is one. Invariant: the socket's path always leads to a server, if
+    to any."""
 
-    def __init__(self, path: Path, disks: Mapping[str, Disk]) -> None:
+    def __init__(self, path: Path, disks: Mapping[str, Disk], port: int = 0) -> None:
         self._path = path
         self._disks = disks
         self._budget = Budget(BUDGET)
+        self._port = _loopback(port) if port else None
         self._listener = self._bind()
         self._inode = path.stat().st_ino
 
@@ -279,9 +284,14 @@ class ViewServer:
 
     def serve(self) -> None:
         """Accept until `stop`."""
+        if self._port is not None:
+            threading.Thread(target=self._accept, args=(self._port,), name="port", daemon=True).start()
+        self._accept(self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
             except OSError:
                 return
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
@@ -298,9 +308,17 @@ class ViewServer:
         self._listener.close()
 
 
+def _loopback(port: int) -> socket.socket:
+    """Raises PreconditionFailed."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as exc:
+        raise PreconditionFailed(f"port {port} can't be had: {exc.strerror}") from exc
+
+
 def run(config: Config, disks: Mapping[str, Disk]) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    server = ViewServer(config.socket, disks)
+    """Serve until SIGTERM or SIGINT. Raises PreconditionFailed."""
+    server = ViewServer(config.socket, disks, config.port)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     signal.signal(signal.SIGINT, lambda *_: server.stop())
     log.info("view %s of %s at checkpoint #%d: %d disks", config.view, config.group, config.checkpoint, len(disks))
