@@ -69,9 +69,20 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "versions": {"hypervisor": version, "python": platform.python_version()},
         "capabilities": {"labels": labels()},
         "space": space,
+        "memory": _memory(),
         "certificate": _certificate(home),
         "findings": findings,
     }
+
+
+def _memory(file: Path = Path("/proc/meminfo")) -> dict[str, int] | None:
+    """Bytes of this host's memory, and how many a new process could have; None when the kernel does not tell."""
+    try:
+        rows = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+        total, available = (int(rows[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    return {"total": total, "available": available}
 
 
 def _space(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from drctl.appliance.recovery_ports import Recoverable, Tools
 from drctl.appliance.recovery_state import RecoveryRecord
 from drctl.appliance.recovery_steps import is_ours
 from drctl.errors import DrctlError, OutOfSpace
+from drctl.hypervisor.domain_xml import memory_bytes, parse
 from drctl.model.checkpoint import Checkpoint
 from drctl.model.duration import format_duration
 from drctl.model.extent import GiB, MiB, format_bytes
@@ -41,6 +42,7 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
     """The result of `failover.plan`, see docs/internals.md. Findings of severity `error` mean a machine would fail."""
     age = max(0.0, tools.clock.time() - chosen.time)
     held = tools.stores.allocated(record.group, chosen.number)
+    memory = {machine.name: _memory(machine.definition) for machine in source.machines}
     findings = [*_space(tools, record, sum(held.values())), *_machines(tools, record, source)]
     if age > 2 * source.spec.checkpoint_interval:
         findings.append(
@@ -62,6 +64,7 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
             {
                 "name": machine.name,
                 "recovery_name": machine.recovery_name,
+                "memory": memory.get(machine.name),
                 "disks": [
                     {"target": disk.target, "size": disk.size, "allocated": held.get(disk.export)}
                     for disk in machine.disks
@@ -73,6 +76,14 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
         "space": {"commit_bytes": sum(held.values()), "free_bytes": tools.images.free(tools.room.images)},
         "findings": findings,
     }
+
+
+def _memory(definition: str) -> int | None:
+    """Bytes that a machine is defined with; None when its definition can't be read (that is a finding elsewhere)."""
+    try:
+        return memory_bytes(parse(definition))
+    except DrctlError:
+        return None
 
 
 def source_of(tools: Tools, group: str, source: Recoverable) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from drctl.cli import checkpoint_copy, points, render
+from drctl.cli import bisect, checkpoint_copy, points, render
 from drctl.cli.confirm import propose
 from drctl.cli.inventory import side
 from drctl.cli.options import CheckpointName, DryRun, Format, GroupName, Output, Yes, begin, examples, noun
@@ -14,6 +14,7 @@ from drctl.errors import IntegrityError
 
 app = noun("Points in time that a group can be recovered to.")
 checkpoint_copy.install(app)
+bisect.install(app)
 
 #: Lines of a listing for people; JSON has all.
 LAST = 30

@@ -25,7 +25,7 @@ READING = {
 }  # fmt: skip
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
-    "replicate stop", "resync", "checkpoint create", "checkpoint tag", "test start", "test stop", "failover", "switchover", "commit",
+    "replicate stop", "resync", "checkpoint create", "checkpoint tag", "checkpoint bisect", "test start", "test stop", "failover", "switchover", "commit",
     "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "plan run", "run resume", "lab up", "lab down",
     "link limit set", "link limit clear", "checkpoint export",
 }  # fmt: skip
