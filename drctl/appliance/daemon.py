@@ -15,6 +15,7 @@ from typing import Any
 
 from drctl.appliance import config as configuration
 from drctl.appliance.checkpoint_serve import CheckpointServer
+from drctl.appliance.certificate_service import CertificateService
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.group_state import spec_from
@@ -129,6 +130,7 @@ class Appliance:
         return {
             "appliance.info": lambda _params, _progress: self._info(),
             "appliance.metrics": self._metrics.answer,
+            **CertificateService(self._home).handlers(),
             "link.list": self._links.listed,
             "link.put": self._links.put,
             "link.limit": self._links.limit,

@@ -39,6 +39,7 @@ CHANGING = (
     "handover.undo",
     "rollback",
     "commit",
+    "certificate.install",
 )
 #: Methods that change where a group runs: their lines carry a picture of before and after.
 PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")

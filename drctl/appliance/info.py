@@ -20,7 +20,7 @@ from drctl.model.extent import GiB, MiB, format_bytes
 from drctl.model.machine import Machine
 from drctl.replication.identity import certificate_expiry
 
-#: A certificate is renewed by hand in this version: a month is time enough for it.
+#: One that `drctl certificate renew` by cron would have renewed long before.
 CERTIFICATE_DAYS = 30
 _CERTIFICATE = CertificateRejected.slug
 #: A shipper that is rejected tries again each few seconds; what is older may be mended.
@@ -132,13 +132,17 @@ def _certificate_findings(home: Home) -> list[dict[str, str]]:
     try:
         days = (certificate_expiry(home.tls)[1].timestamp() - time.time()) / 86400
     except (OSError, ValueError) as exc:
-        return [_finding("error", str(path), f"can't be read: {exc}", "enroll the appliance anew", _CERTIFICATE)]
+        return [_finding("error", str(path), f"can't be read: {exc}", _renew(home), _CERTIFICATE)]
     if days < 0:
         message = f"the certificate expired {-days:.0f} days ago: no peer accepts it"
-        return [_finding("error", str(path), message, "enroll the appliance anew", _CERTIFICATE)]
+        return [_finding("error", str(path), message, _renew(home), _CERTIFICATE)]
     if days < CERTIFICATE_DAYS:
-        return [_finding("warning", str(path), f"the certificate expires in {days:.0f} days", "enroll it anew before")]
+        return [_finding("warning", str(path), f"the certificate expires in {days:.0f} days", _renew(home))]
     return []
+
+
+def _renew(home: Home) -> str:
+    return f"drctl certificate renew {home.config.host}, where the CA's key is; by cron: --all --yes"
 
 
 def hook_findings(uri: str, hook: Path) -> list[dict[str, str]]:

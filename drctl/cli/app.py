@@ -49,6 +49,7 @@ COMMANDS = {
     "site": Entry("site", "Sites of the configuration."),
     "host": Entry("host", "Hypervisor hosts."),
     "vm": Entry("vm", "Machines on the hosts, and which of them are protected."),
+    "certificate": Entry("certificate", "Certificates of the appliances."),
     "appliance": Entry("appliance", "The replication service of a host."),
     "link": Entry("link", "Links between sites, and how fast they may be used."),
     "apply": Entry("apply", "Make the appliances do what groups/*.toml says."),

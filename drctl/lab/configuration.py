@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def write_identities(layout: Layout, state: State) -> None:
     ca = layout.directory / "ca"
     if not (ca / "ca.pem").exists():
         identity.create_ca(ca)
+        names = {host_name(site): appliance(state, site) for site in SITES}
+        (ca / "appliances.json").write_text(json.dumps(names))
     for site in layout.sites:
         tls = site.home / "tls"
         if not (tls / "cert.pem").exists():

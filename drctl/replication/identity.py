@@ -35,6 +35,8 @@ BACKDATE = timedelta(days=1)
 CA_LIFE = timedelta(days=3650)
 #: Renewed at two thirds of it.
 CERTIFICATE_LIFE = timedelta(days=365)
+#: A key that has no certificate yet, and a certificate whose key is in place already (see _settle).
+_KEY, _FRESH_KEY, _CERTIFICATE, _FRESH_CERTIFICATE = "key.pem", "key.pem.new", "cert.pem", "cert.pem.new"
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -76,11 +78,13 @@ def read_passphrase(path: Path) -> bytes:
 
 
 def make_request(tls_dir: Path, appliance: str) -> bytes:
-    """The appliance's part of enrolment: a new `key.pem` (0600) and the signing request (PEM) for it."""
+    """The appliance's part of enrolment: a new key (`key.pem.new`, 0600) and the signing request (PEM) for it.
+
+    Key and certificate that are in use stay so until the new ones are installed together."""
     tls_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP256R1())
-    (tls_dir / "key.pem").unlink(missing_ok=True)
-    _write_private(tls_dir / "key.pem", _key_pem(key))
+    (tls_dir / _FRESH_KEY).unlink(missing_ok=True)
+    _write_private(tls_dir / _FRESH_KEY, _key_pem(key))
     request = x509.CertificateSigningRequestBuilder().subject_name(_subject(appliance)).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM)
 
@@ -119,21 +123,45 @@ def sign_request(
 
 
 def install_certificate(tls_dir: Path, certificate: bytes, ca: bytes) -> None:
-    """The last part: put certificate and CA beside the key, and check that they belong together.
+    """The last part: put certificate, CA and the key of the request in place, if they belong together.
 
-    Raises CertificateRejected when the certificate is not for our key, or not signed by that CA."""
-    loaded = x509.load_pem_x509_certificate(certificate)
-    key = serialization.load_pem_private_key((tls_dir / "key.pem").read_bytes(), None)
-    if _public_bytes(loaded.public_key()) != _public_bytes(key.public_key()):
+    Connections that stand are not touched; each new one reads the files anew. Raises CertificateRejected when the
+    certificate is not for our key, or not signed by that CA."""
+    _settle(tls_dir)
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate)
+    except ValueError as exc:
+        raise CertificateRejected(f"not a certificate: {exc}", reason="malformed") from exc
+    fresh = tls_dir / _FRESH_KEY
+    renewed = fresh.exists() and _belongs(fresh, loaded)
+    if not renewed and not ((tls_dir / _KEY).exists() and _belongs(tls_dir / _KEY, loaded)):
         raise CertificateRejected("the certificate is not for this appliance's key", reason="foreign")
     try:
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
     except (ValueError, TypeError, InvalidSignature) as exc:
         raise CertificateRejected("the certificate is not signed by this CA", reason="foreign") from exc
-    for name, data in (("ca.pem", ca), ("cert.pem", certificate)):
-        fresh = tls_dir / f"{name}.new"
-        fresh.write_bytes(data)
-        fresh.replace(tls_dir / name)
+    for name, data in (("ca.pem.new", ca), (_FRESH_CERTIFICATE, certificate)):
+        _write_durably(tls_dir / name, data)
+    (tls_dir / "ca.pem.new").replace(tls_dir / "ca.pem")
+    if renewed:
+        fresh.replace(tls_dir / _KEY)
+    _settle(tls_dir)
+
+
+def _settle(tls_dir: Path) -> None:
+    """Key and certificate are two files: whoever finds the key replaced and its certificate waiting ends the exchange,
+    which may have been broken off by a crash, or be under way."""
+    waiting = tls_dir / _FRESH_CERTIFICATE
+    try:
+        if _belongs(tls_dir / _KEY, x509.load_pem_x509_certificate(waiting.read_bytes())):
+            waiting.replace(tls_dir / _CERTIFICATE)
+    except (OSError, ValueError):
+        return  # none waits, or somebody else has just done it
+
+
+def _belongs(key: Path, certificate: x509.Certificate) -> bool:
+    loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+    return _public_bytes(loaded.public_key()) == _public_bytes(certificate.public_key())
 
 
 def issue(
@@ -172,6 +200,12 @@ def certificate_expiry(tls_dir: Path) -> tuple[datetime, datetime]:
     return loaded.not_valid_before_utc, loaded.not_valid_after_utc
 
 
+def renewal_due(tls_dir: Path) -> datetime:
+    """When our own certificate shall be renewed: at two thirds of its life. Raises OSError, ValueError."""
+    begin, end = certificate_expiry(tls_dir)
+    return begin + (end - begin) * 2 / 3
+
+
 def server_context(tls_dir: Path) -> ssl.SSLContext:
     """TLS 1.3 only; a client without a certificate of our CA does not get past the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -190,6 +224,7 @@ def _prepared(context: ssl.SSLContext, tls_dir: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
+    _settle(tls_dir)
     try:
         context.load_verify_locations(tls_dir / "ca.pem")
         context.load_cert_chain(tls_dir / "cert.pem", tls_dir / "key.pem")
@@ -343,7 +378,16 @@ def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, sealing)
 
 
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _write_private(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -122,6 +122,11 @@ class FakeAppliance:
             "findings": [],
         }
 
+    def _certificate_show(self, _: dict[str, Any]) -> dict[str, Any]:
+        begin = NOW - 86400 * 100
+        times = {"not_before": begin, "not_after": begin + 86400 * 366, "renewal": begin + 86400 * 244}
+        return {"appliance": f"uuid-of-{self.host}", "due": False, "problem": ""} | times
+
     def _appliance_history(self, params: dict[str, Any]) -> list[dict[str, Any]]:
         entry = {
             "time": NOW - 60,

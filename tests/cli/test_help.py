@@ -21,12 +21,12 @@ MAN = Path(__file__).parents[2] / "man"
 READING = {
     "status", "history", "explain", "doctor", "site list", "site show", "host list", "host show", "vm list", "vm show",
     "appliance list", "group list", "group show", "checkpoint list", "checkpoint show", "checkpoint verify", "test list",
-    "lab status", "plan list", "plan validate", "plan show", "run list", "run show", "run verify", "run report", "link show", "link limit show", "checkpoint serve",
+    "lab status", "certificate list", "plan list", "plan validate", "plan show", "run list", "run show", "run verify", "run report", "link show", "link limit show", "checkpoint serve",
 }  # fmt: skip
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
     "replicate stop", "resync", "checkpoint create", "checkpoint tag", "checkpoint bisect", "test start", "test stop", "failover", "switchover", "commit",
-    "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "plan run", "run resume", "lab up", "lab down",
+    "rollback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "certificate renew", "plan run", "run resume", "lab up", "lab down",
     "link limit set", "link limit clear", "checkpoint export",
 }  # fmt: skip
 #: For other programs: a service, a monitoring plugin and a scraper know no --output.

@@ -44,6 +44,10 @@ APPLIANCE = {
     "host": str, "site": str, "state": str, "version": (str, NONE), "identity": (str, NONE), "control": str, "link": str,
     "problem": str,
 }  # fmt: skip
+CERTIFICATE = {
+    "host": str, "appliance": str, "not_before": (*NUMBER, NONE), "not_after": (*NUMBER, NONE), "renewal": (*NUMBER, NONE),
+    "due": bool, "problem": str,
+}  # fmt: skip
 RECOVERY = {
     "id": str, "label": str, "kind": str, "group": str, "generation": int, "checkpoint": dict, "state": str, "started": NUMBER,
     "machines": list, "rto_seconds": (*NUMBER, NONE),
@@ -90,6 +94,7 @@ CONTRACT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "site show alpha": ("site", SITE, "", {}),
     "vm list": ("machines", {"machines": list}, "machines", MACHINE),
     "vm show db": ("machine", {"machines": list}, "machines", MACHINE),
+    "certificate list": ("certificates", {"certificates": list}, "certificates", CERTIFICATE),
     "appliance list": ("appliances", {"appliances": list}, "appliances", APPLIANCE),
     "group list": ("groups", {"groups": list}, "groups", LISTED),
     "group show web": ("group", {"group": str, "origin": str, "settings": dict}, "", {}),

@@ -33,9 +33,8 @@ def problem(tls: Path, uuid: str, ca: bytes) -> str:
         return "it trusts another CA"
     if named != uuid:
         return f"it names the appliance {named}"
-    begin, end = identity.certificate_expiry(tls)
-    renewal = begin + (end - begin) * 2 / 3
-    return f"it ends on {end:%Y-%m-%d}" if datetime.now(UTC) > renewal else ""
+    _, end = identity.certificate_expiry(tls)
+    return f"it ends on {end:%Y-%m-%d}" if datetime.now(UTC) > identity.renewal_due(tls) else ""
 
 
 def main(arguments: list[str]) -> int:

@@ -43,6 +43,10 @@ class Roster:
                 atomic.write_json(self._directory / FILE, known | new)
             return known | new
 
+    def known(self) -> dict[str, str]:
+        """The UUIDs given out, by the host's name."""
+        return self._read()
+
     def sign(self, request: str, appliance: str) -> str:
         """A certificate for a host's own request. Raises CertificateRejected, SetupFailed (the key's passphrase)."""
         return sign_request(self._directory, request.encode(), appliance, passphrase=_passphrase()).decode()
