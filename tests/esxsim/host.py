@@ -8,6 +8,7 @@ import hashlib
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from drctl.hypervisor.shell import Shell
+from drctl.errors import HostUnreachable
+from drctl.hypervisor.shell import Done, Shell
 from drctl.model.site import Login
 from tests.esxsim import formats
 from tests.esxsim.call import Call
@@ -149,6 +151,31 @@ def shell_of(busybox: bytes) -> bytes:
     names = busybox[start:end].split(b"\0")
     changed = [name if name in (b"ash", b"sh", b"busybox") else name[:-1] + bytes([name[-1] - 1]) for name in names]
     return busybox[:start] + b"\0".join(changed) + busybox[end:]
+
+
+class Door:
+    """Commands on the host without SSH: through the same door and shell. Quick, for tests that are not about SSH."""
+
+    def __init__(self, sim: EsxSim) -> None:
+        if not (sim.share / "enter").exists():
+            shutil.copy(parts() / "tool", sim.share / "enter")
+        self._argv = [sim.share / "enter", sim.root / "var/run/hostd.sock", sim.root]
+        self.count = 0
+        #: (`begin` or `end`, number of the command): there the connection is lost, before or after its work
+        self.drop: tuple[str, int] | None = None
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60.0) -> Done:
+        self.count += 1
+        event = self.drop[0] if self.drop and self.drop[1] == self.count else ""
+        if event == "begin":
+            raise HostUnreachable("dropped before")
+        environment = {"SSH_ORIGINAL_COMMAND": shlex.join(argv)}
+        done = subprocess.run(
+            self._argv, input=stdin, capture_output=True, env=environment, timeout=timeout, check=False
+        )
+        if event == "end":
+            raise HostUnreachable("dropped after")
+        return Done(done.returncode, done.stdout, done.stderr)
 
 
 class EsxSim:

@@ -58,6 +58,8 @@ class Switches:
     power_on_lies: bool = False
     #: vmkfstools -i of a snapshot's base fails with 16392 (7.0U1c, ghettoVCB #226)
     clone_of_frozen_fails: bool = False
+    #: getallvms pads its last column (captures lost the blanks: perhaps not everywhere)
+    trailing_blanks: bool = True
     #: snapshots can be quiesced (needs Tools)
     quiesce_works: bool = True
 

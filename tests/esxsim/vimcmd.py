@@ -62,7 +62,10 @@ def getallvms(call: Call) -> None:
             guest = vm.config.get("guestos", "other").replace("-", "_") + "Guest"
             version = f"vmx-{int(vm.config.get('virtualhw.version', host.profile.hardware)):02d}"
             rows.append((str(vm.id), vm.name, host.bracket(vm.vmx), guest, version, vm.config.get("annotation", "")))
-    call.out(render.getallvms(rows))
+    told = render.getallvms(rows)
+    if not host.switches.trailing_blanks:
+        told = "".join(f"{line.rstrip()}\n" for line in told.splitlines())
+    call.out(told)
 
 
 def getstate(call: Call, which: str) -> None:
@@ -85,6 +88,9 @@ def _power(call: Call, which: str, title: str, wanted: str, allowed: tuple[str, 
             return power_on(call, vm)
         vm.power = wanted
         host.stopped(vm)
+        if wanted == "suspended":
+            vm.config["checkpoint.vmstate"] = f"{vm.vmx.stem}.vmss"
+            host.save(vm)
     return 0
 
 
@@ -119,6 +125,7 @@ def power_on(call: Call, vm: Vm) -> int:
             return 1
     vm.config["uuid.location"] = host.location(vm)
     vm.config.pop("uuid.action", None)
+    vm.config.pop("checkpoint.vmstate", None)
     host.started(vm)
     host.save(vm)
     if host.switches.power_on_lies:
