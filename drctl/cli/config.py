@@ -142,10 +142,11 @@ def _hosts(top: Table, sites: list[str], directory: Path) -> list[Host]:
 
 
 def _host(table: Table, sites: list[str], directory: Path) -> Host:
+    kind = HostKind(table.choice("kind", list(HostKind), HostKind.LIBVIRT))
     host = Host(
         name=table.text("name", pattern=NAME, example="alpha1"),
         site=table.choice("site", sites),
-        kind=HostKind(table.choice("kind", [HostKind.LIBVIRT], HostKind.LIBVIRT)),
+        kind=kind,
         uri=table.text("uri", "qemu:///system"),
         control=table.text("control", "unix:/run/drctl/control.sock"),
         link=table.text("link", "", pattern=r"\S+:\d{1,5}", example="192.0.2.10:7077"),
@@ -155,6 +156,8 @@ def _host(table: Table, sites: list[str], directory: Path) -> Host:
         fence_timeout=table.duration("fence_timeout", 60.0, minimum=1, maximum=600),
     )
     table.finish()
+    if kind is HostKind.ESX and host.login is None:
+        raise table.error("ssh", "is missing: an ESX host is reached over SSH alone", hint='write ssh = "root@esx1"')
     if not host.control.startswith("unix:/"):
         hint = 'write control = "unix:/run/drctl/control.sock"; over SSH it is a path there, with ssh = "root@HOST"'
         raise table.error("control", f"{host.control!r} is not unix:PATH with an absolute path", hint=hint)

@@ -130,10 +130,17 @@ class Context:
     def client(self, host: Host) -> ClientLike:
         """The client of the host's appliance; nothing is connected yet."""
         if host.name not in self._clients:
-            from drctl.appliance.client import Client
-
-            self._clients[host.name] = Client(self._remote(host) if host.login else host.control)
+            self._clients[host.name] = self._connect(host)
         return self._clients[host.name]
+
+    def _connect(self, host: Host) -> ClientLike:
+        if host.kind is HostKind.ESX:
+            from drctl.cli.esx_client import EsxClient
+
+            return EsxClient(host.name, str(host.login), self.shell(host))
+        from drctl.appliance.client import Client
+
+        return Client(self._remote(host) if host.login else host.control)
 
     def shell(self, host: Host) -> Shell:
         """The host by SSH; nothing is connected yet. One connection per login is kept. Raises ConfigInvalid."""

@@ -26,12 +26,12 @@ from drctl.cli.diagnosis import (
 )
 from drctl.cli.fencing import unusable
 from drctl.cli.group_file import read_groups
-from drctl.cli.inventory import ask, in_parallel, take_inventory
+from drctl.cli.inventory import ask, in_parallel, info_method, take_inventory
 from drctl.cli.options import Format, Output, begin, examples, noun
 from drctl.cli.status import draw
 from drctl.cli.vm import find
 from drctl.errors import ConfigInvalid, DrctlError
-from drctl.model.site import Host
+from drctl.model.site import Host, HostKind
 
 app = noun("Look for what would stand in the way of a recovery.")
 
@@ -71,10 +71,11 @@ def examine(context: Context) -> list[Finding]:
 
 def _host(context: Context, host: Host) -> tuple[list[Finding], bool]:
     before = context.clock.time()
-    answer = ask(context, host, "appliance.info")
+    answer = ask(context, host, info_method(host))
     after = context.clock.time()
     if answer.error:
-        found = [error(host.name, f"its appliance does not answer: {answer.error.message}", answer.error.hint)]
+        who = "it" if host.kind is HostKind.ESX else "its appliance"
+        found = [error(host.name, f"{who} does not answer: {answer.error.message}", answer.error.hint)]
         return [*found, *_fence(host)], False
     found = examine_host(host.name, answer.result, __version__, (before + after) / 2, (after - before) / 2)
     return [*found, *_fence(host)], True

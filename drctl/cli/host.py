@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from drctl.cli import render
-from drctl.cli.inventory import Answer, ask, ask_all
+from drctl.cli.inventory import Answer, ask, in_parallel, info_method
 from drctl.cli.options import Format, Output, begin, examples, noun
 
 app = noun("Hypervisor hosts.")
@@ -19,7 +19,7 @@ _TITLES = {"host_kind": "kind"}
 def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
     """List the hosts. Exits with 3 when an appliance did not answer."""
     context = begin(ctx, output)
-    answers = ask_all(context, "appliance.info")
+    answers = in_parallel(lambda host: ask(context, host, info_method(host)), context.config.hosts)
     if context.screen.as_json:
         context.document("hosts", hosts=[as_json(answer) for answer in answers])
     else:
@@ -36,7 +36,8 @@ def show(
 ) -> int:
     """Show one host: its hypervisor, its appliance and the space there."""
     context = begin(ctx, output)
-    answer = ask(context, context.config.host(host), "appliance.info")
+    named = context.config.host(host)
+    answer = ask(context, named, info_method(named))
     facts = as_json(answer)
     if context.screen.as_json:
         context.document("host", **facts)
@@ -55,7 +56,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "uri": info.get("uri") or host.uri,
         "control": host.control,
         "link": host.link,
-        "appliance": "unreachable" if answer.failed else "running",
+        "appliance": "unreachable" if answer.failed else info.get("state", "running"),
         "problem": str(answer.error) if answer.error else "",
         "version": info.get("version"),
         "versions": info.get("versions") or {},
@@ -66,7 +67,11 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 def _row(answer: Answer) -> tuple[str, ...]:
     facts = as_json(answer)
-    free = (facts["space"].get("store") or {}).get("free")
+    stores = facts["space"]
+    place: dict[str, Any] = stores.get("store") or max(
+        stores.values(), key=lambda store: store.get("free") or 0, default={}
+    )
+    free = place.get("free")
     state, version = facts["appliance"], render.word(facts["version"])
     return (facts["host"], facts["site"], facts["host_kind"], state, version, facts["uri"], render.size(free))
 

@@ -16,12 +16,15 @@ from drctl.errors import (
     NotFound,
     PrivilegeMissing,
 )
-from drctl.model.site import Host
+from drctl.model.site import Host, HostKind
 
 #: A status is wanted within 3 s, also when one appliance hangs.
 READ_TIMEOUT = 2.5
 #: Calls at a time: as many as sixty appliances need to be asked in one go.
 WORKERS = 64
+
+#: What can be asked of an ESX host, on which no appliance runs (esx_client).
+ESX_METHODS = ("host.info", "machine.list")
 
 #: Errors of the way to an appliance; each has an exit code of its own.
 _UNHEARD: tuple[type[DrctlError], ...] = (HostUnreachable, HostKeyRejected, LoginRefused, PrivilegeMissing)
@@ -81,8 +84,14 @@ def ask(context: Context, host: Host, method: str, **params: Any) -> Answer:
 
 
 def ask_all(context: Context, method: str, **params: Any) -> list[Answer]:
-    """Every appliance's answer, asked in parallel, in the order of the hosts."""
-    return in_parallel(lambda host: ask(context, host, method, **params), context.config.hosts)
+    """Every appliance's answer, asked in parallel, in the order of the hosts; of ESX hosts what these can tell."""
+    hosts = [host for host in context.config.hosts if host.kind is not HostKind.ESX or method in ESX_METHODS]
+    return in_parallel(lambda host: ask(context, host, method, **params), hosts)
+
+
+def info_method(host: Host) -> str:
+    """What tells about the host: its appliance, or what stands in for one on an ESX host."""
+    return "host.info" if host.kind is HostKind.ESX else "appliance.info"
 
 
 def in_parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:

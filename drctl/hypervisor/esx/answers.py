@@ -1,4 +1,4 @@
-"""What the programs of an ESX host print, read strictly: what is not understood is refused, nothing is guessed. Pure."""
+"""What the programs of an ESX host print, read strictly: what is not understood is refused, never guessed. Pure."""
 
 from __future__ import annotations
 
