@@ -57,6 +57,7 @@ COMMANDS = {
     "replicate": Entry("replicate", "Start, pause, resume and stop the replication of a group."),
     "resync": Entry("resync", "Compare both sides of a group, and send what differs."),
     "checkpoint": Entry("checkpoint", "Points in time that a group can be recovered to."),
+    "restore": Entry("restore", "Single disks and files out of a checkpoint."),
     "test": Entry("test", "Boot a group in isolation, while replication goes on."),
     "failover": Entry("failover", "Recover a group at the other site after a disaster."),
     "switchover": Entry("switchover", "Move a group to its recovery site without loss."),

@@ -232,7 +232,7 @@ class _Begun:
         good = self.checkpoints[found.good] if found.good >= 0 else None
         bad = self.checkpoints[found.bad] if found.bad < len(self.checkpoints) else None
         if good is not None and tag:
-            params = {"checkpoint": f"#{good.number}", "tags": [tag], "remove": []}
+            params: dict[str, Any] = {"checkpoint": f"#{good.number}", "tags": [tag], "remove": []}
             context.call(self.host, "checkpoint.tag", group=group, timeout=60, **params)
         now = context.clock.time()
         command = f"drctl failover {group} --checkpoint '#{good.number}' --source-is-down REASON" if good else ""
@@ -277,6 +277,7 @@ class _Begun:
                 context.screen.line("none after it is bad")
         group = self.order.group
         context.screen.say(f"to recover to it: {command}")
+        context.screen.say(f"single disks and files of it: drctl restore files {group}/VM/DISK -k '#{good.number}'")
         if not good.tags:
             context.screen.say(f"to keep it: drctl checkpoint tag {group} '#{good.number}' last-good")
 
