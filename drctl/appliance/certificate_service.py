@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from drctl.appliance.config import Home
 from drctl.appliance.control import Handler, Progress
@@ -57,7 +58,7 @@ class CertificateService:
         given = str(params.get("certificate") or "").encode()
         ca = (self._home.tls / "ca.pem").read_bytes()
         try:
-            named = identity.appliance_of(x509.load_pem_x509_certificate(given).public_bytes(_DER))
+            named = identity.appliance_of(x509.load_pem_x509_certificate(given).public_bytes(Encoding.DER))
         except ValueError as exc:
             raise CertificateRejected(f"not a certificate: {exc}", reason="malformed") from exc
         if named != self._home.config.uuid:
@@ -66,6 +67,3 @@ class CertificateService:
             )
         identity.install_certificate(self._home.tls, given, ca)
         return self.show({}, progress)
-
-
-_DER = identity.serialization.Encoding.DER

@@ -36,6 +36,7 @@ from drctl.appliance.source_service import SourceService
 from drctl.appliance.state_watch import States, StateWatch, group_states
 from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
+from drctl.appliance.support import collect
 from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
 from drctl.hypervisor.libvirt import LibvirtHypervisor
 from drctl.model.hook import Hook
@@ -131,6 +132,7 @@ class Appliance:
             "appliance.info": lambda _params, _progress: self._info(),
             "appliance.metrics": self._metrics.answer,
             **CertificateService(self._home).handlers(),
+            "support.collect": lambda _params, _progress: {"files": collect(self._home)},
             "link.list": self._links.listed,
             "link.put": self._links.put,
             "link.limit": self._links.limit,

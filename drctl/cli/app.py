@@ -45,6 +45,7 @@ COMMANDS = {
     "history": Entry("history", "Show what was changed, when and by whom."),
     "check": Entry("check", "Check one thing for a monitoring system."),
     "metrics": Entry("metrics", "Print an appliance's metrics for Prometheus."),
+    "support-bundle": Entry("support_bundle", "Collect what helps to find out what went wrong."),
     "explain": Entry("explain", "Explain an exit code or an error's name."),
     "site": Entry("site", "Sites of the configuration."),
     "host": Entry("host", "Hypervisor hosts."),
