@@ -18,6 +18,11 @@ from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.certificate_service import CertificateService
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
+from drctl.appliance.failback_exports import OldExports
+from drctl.appliance.failback_ports import Deps
+from drctl.appliance.failback_reign import FailbackReign
+from drctl.appliance.failback_sample import FailbackSample
+from drctl.appliance.failback_service import FailbackService
 from drctl.appliance.group_state import spec_from
 from drctl.appliance.handover_service import HandoverService
 from drctl.appliance.held_store import HeldStores
@@ -31,13 +36,14 @@ from drctl.appliance.picture import Pictures, Shown
 from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
+from drctl.appliance.roles import RECOVERY, SOURCE, Roles, RoleView
 from drctl.appliance.seed_service import SeedService
 from drctl.appliance.source_service import SourceService
 from drctl.appliance.state_watch import States, StateWatch, group_states
 from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.appliance.support import collect
-from drctl.errors import DrctlError, HostUnreachable, NotFound, WrongPhase
+from drctl.errors import DrctlError, HostUnreachable, WrongPhase
 from drctl.hypervisor.libvirt import LibvirtHypervisor
 from drctl.model.hook import Hook
 from drctl.store import atomic
@@ -72,8 +78,14 @@ class Appliance:
         self._handovers = HandoverService(
             home, self._host, source.protection, source.refuse_superseded, source.who_reigns
         )
+        self._roles = Roles(source, self._stores)
+        exports = OldExports(home.run, self._processes)
+        deps = Deps(self._host, source, self._held, exports, self._expiry, self._recovery.reigns.state)
+        self._failbacks, self._away = FailbackService(home, deps), FailbackReign(home, deps)
         self._pictures = Pictures(home.config.site, home.config.host, self._host, self._shown)
-        self._metrics = MetricsService(self._info, self._source, self._stores, home.config.metrics)
+        sources = RoleView(lambda: self._roles.names(SOURCE), source.status)
+        recoveries = RoleView(lambda: self._roles.names(RECOVERY), self._stores.status)
+        self._metrics = MetricsService(self._info, sources, recoveries, home.config.metrics)
         hook = Hook(home.config.notify, home.config.notify_timeout, str(home.path))
         self._watch = StateWatch(hook, (home.config.site, home.config.host), self._states)
         history = History(home.path / "history.jsonl", self._pictures.take_quietly)
@@ -87,6 +99,7 @@ class Appliance:
         self._recovery.resume()
         self._source.start()
         self._handovers.resume(self._source.names())
+        self._failbacks.resume()
         self._control.start()
         self._metrics.start()
         self._source.await_first_answers()
@@ -102,6 +115,7 @@ class Appliance:
         self._control.stop()
         self._served.close()
         self._recovery.close()
+        self._failbacks.close()
         self._source.close()
         self._host.close()
 
@@ -115,6 +129,7 @@ class Appliance:
             self._source.refuse_superseded()
             self._handovers.look()
             self._watch.look_again()
+            self._failbacks.look()
         except DrctlError as exc:
             log.warning("%s", exc.message)
         except Exception:  # the supervisor's edge: it must outlive any single thing it looks at
@@ -167,6 +182,11 @@ class Appliance:
             "rollback.plan": recovery.reigns.rollback_plan,
             "rollback": recovery.reigns.rollback,
             "commit": recovery.reigns.commit,
+            "failback.plan": self._away.plan,
+            "failback.protect": self._away.protect,
+            "failback.disks": self._failbacks.disks,
+            "failback.prepare": self._failbacks.prepare,
+            "failback.sample": FailbackSample(self._home, self._host, self._processes).take,
             "group.picture": lambda params, _progress: self._pictures.take(str(params.get("group"))),
             "shipper.attest": source.attest,
             "shipper.order": source.order,
@@ -191,7 +211,7 @@ class Appliance:
     def _group_remove(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
         name = str(params.get("group"))
-        if name in self._source.names():
+        if self._roles.of(name) == SOURCE:
             self._source.remove(name)
             return {"group": name, "removed": True, "kept_until": None}
         return {"group": name, "removed": True, "kept_until": self._stores.remove(name)}
@@ -206,7 +226,7 @@ class Appliance:
         return call
 
     def _shown(self, group: str) -> Shown:
-        if group in self._source.names():
+        if self._roles.of(group) == SOURCE:
             state = self._source.protection(group).state
             return Shown("source", state.phase.value, state.generation, state.spec.machines)
         summary = self._stores.summary(group)
@@ -214,13 +234,14 @@ class Appliance:
         return Shown("recovery", summary["mode"], summary["generation"], machines)
 
     def _replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        here = self._source if str(params.get("group")) in self._source.names() else self._stores
+        here = self._source if self._roles.of(str(params.get("group"))) == SOURCE else self._stores
         return here.replicate_stop(params, progress)
 
     def _group_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         del params, progress
-        found = [{"group": name, "role": "source", **self._source.summary(name)} for name in self._source.names()]
-        return found + [self._store_summary(name) for name in self._stores.names()]
+        sources, recoveries = self._roles.names(SOURCE), self._roles.names(RECOVERY)
+        found = [{"group": name, "role": SOURCE, **self._source.summary(name)} for name in sources]
+        return found + [self._store_summary(name) for name in recoveries]
 
     def _states(self) -> States:
         sources, stores = self._source.names(), self._stores.names()
@@ -242,11 +263,9 @@ class Appliance:
     def _group_status(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
         name = str(params.get("group"))
-        if name in self._source.names():
+        if self._roles.of(name) == SOURCE:
             return self._source.status(name) | {"handover": self._handovers.told(name)}
-        if name in self._stores.names():
-            return self._stores.status(name)
-        raise NotFound("group", name, known=[*self._source.names(), *self._stores.names()])
+        return self._stores.status(name) | {"failback": self._failbacks.told(name)}
 
 
 def _connect(uri: str, stopped: threading.Event) -> LibvirtHypervisor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,13 +54,9 @@ class DefinitionFile:
         return loaded if isinstance(loaded, dict) else {}
 
     def _fields(self, state: GroupState) -> dict[str, Any]:
-        machines = []
-        for name in state.spec.machines:
-            definition = self._host.definition(name)
-            machines.append({"name": name, "uuid": _uuid(definition), "definition": definition, "files": {}})
         return {
             "spec": msgspec.to_builtins(state.spec),
-            "machines": machines,
+            "machines": machines_of(self._host, state.spec.machines),
             "disks": [
                 {"number": disk.number, "machine": disk.machine, "target": disk.target, "size": disk.size}
                 for disk in state.disks
@@ -67,6 +64,15 @@ class DefinitionFile:
             "source_site": self._home.config.site,
             "source_host": self._home.config.host,
         }
+
+
+def machines_of(host: Definer, names: Iterable[str]) -> list[dict[str, Any]]:
+    """A DEFINITION's machines. Raises NotFound, HostUnreachable."""
+    machines = []
+    for name in names:
+        definition = host.definition(name)
+        machines.append({"name": name, "uuid": _uuid(definition), "definition": definition, "files": {}})
+    return machines
 
 
 def _uuid(definition: str) -> str:

@@ -40,6 +40,8 @@ CHANGING = (
     "rollback",
     "commit",
     "certificate.install",
+    "failback.prepare",
+    "failback.protect",
 )
 #: Methods that change where a group runs: their lines carry a picture of before and after.
 PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")

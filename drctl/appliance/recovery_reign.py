@@ -220,6 +220,11 @@ class Reigns:
             _demand_uncommitted(record)
         return record
 
+    def state(self, group: str) -> str:
+        """The state of the recovery by which the group reigns here, or did last; "" when there was none."""
+        record = self._newest_reign(group)
+        return record.state() if record is not None else ""
+
     def _newest_reign(self, group: str) -> RecoveryRecord | None:
         """The recovery that reigns here, or reigned last with nothing happening since."""
         work = self._works.of_group(group)

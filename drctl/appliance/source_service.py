@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,26 @@ class SourceService:
     def names(self) -> list[str]:
         return sorted(self._protections)
 
+    def state(self, name: str) -> GroupState:
+        """Raises NotFound."""
+        return self._protection({"group": name}).state
+
+    def generation(self, name: str) -> int:
+        return self.state(name).generation
+
+    def turn(self, name: str, change: Callable[[GroupState | None], GroupState]) -> None:
+        """Let a failback make this host the group's source, by another state of it or its first; durable when this
+        returns. Raises WrongPhase, AlreadyExists."""
+        known = self._protections.get(name)
+        if known is not None:
+            known.change(change)
+            return
+        state = change(None)
+        self._demand_free(state.spec)
+        self._files.save(state)
+        self._reign.marks.set(name)
+        self._open(name)
+
     def put(self, spec: GroupSpec) -> bool:
         """Create or change a group; True when that changed anything."""
         known = self._protections.get(spec.name)
@@ -161,7 +182,7 @@ class SourceService:
         if protection.state.phase is Phase.FAILED_OVER:
             raise Refused(
                 f"{params['group']} reigns at the other site now; this one may neither run nor replicate it",
-                hint="bring it home by a failback",
+                hint=f"bring it home: drctl failback {params['group']}",
             )
         if not protection.state.epoch:
             demand_room(self._home.run, protection.state.spec.ring_size)

@@ -55,6 +55,9 @@ class StoreService:
                 store.set_retention(spec.retention)
                 return True
 
+    def generation(self, name: str) -> int:
+        return self._stores.generation(name)
+
     def summary(self, name: str) -> dict[str, Any]:
         with self._stores.open(name) as store:
             info = store.info

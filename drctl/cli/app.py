@@ -66,6 +66,7 @@ COMMANDS = {
     "run": Entry("run", "Executions of plans, as their records tell them."),
     "commit": Entry("commit", "Make a failover or switchover final: its disks stand alone afterwards."),
     "rollback": Entry("rollback", "Undo a failover or switchover that is not committed."),
+    "failback": Entry("failback", "Replicate a group back to the site that it came from."),
     "lab": Entry("lab", "Two real libvirt sites on this machine, to try everything."),
 }
 

@@ -28,7 +28,7 @@ def commit(
     """Copy what a failed-over group still reads from the replica into its own disks, while it runs.
 
     Afterwards its machines need neither the journal nor drctl, and it can't be rolled back. It can be interrupted and
-    given again. The group is not protected until it is replicated back."""
+    given again. The group is not protected until it is replicated back: drctl failback."""
     context = begin(ctx, output)
     inventory = take_inventory(context)
     host = side(context, group, "recovery", inventory)
@@ -55,7 +55,9 @@ def commit(
         result = context.call(host, "commit", group=group, on_progress=draw, timeout=COMMIT_TIMEOUT)
     after = pictures.take(context, inventory, group)
     pictures.show(context, "after", after)
-    return recovery.show(context, "commit", result, before=before, after=after)
+    code = recovery.show(context, "commit", result, before=before, after=after)
+    context.screen.say(f"{group} is replicated nowhere now; back to the other site: drctl failback {group}")
+    return code
 
 
 def _failover(context: Context, host: Host, group: str) -> dict[str, Any]:
