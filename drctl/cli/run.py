@@ -40,7 +40,8 @@ def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="The run, as drctl run list shows it.", autocompletion=complete_run)
+    str,
+    typer.Argument(metavar="RUN", help="The run, as drctl run list shows it, or latest.", autocompletion=complete_run),
 ]
 
 
@@ -181,6 +182,7 @@ def verify(
     context = begin(ctx, output)
     found = runs.look(context, run)
     what = found.found
+    run = found.name
     if context.screen.as_json:
         fields = {"lines": what.lines, "broken_line": what.broken or None, "problem": what.problem, "head": what.head}
         context.document("run-verification", run=run, sound=what.sound, **fields, torn_bytes=what.torn_bytes)

@@ -15,6 +15,8 @@ from drctl.plan.plan import Mode, Plan
 from drctl.plan.record import RunRecord, read_record
 from drctl.store.run_log import Verification, list_runs, read_run, run_path
 
+#: What stands for the newest run's name.
+LATEST = "latest"
 #: Runs that are looked at for the last one of a plan.
 LOOKED_AT = 200
 
@@ -36,7 +38,9 @@ def run_directory(context: Context) -> Path:
 
 
 def look(context: Context, name: str) -> Run:
-    """One run. Raises NotFound."""
+    """One run; `latest` is the newest that is here. Raises NotFound."""
+    if name == LATEST:
+        name = max(list_runs(run_directory(context)), default=name)
     path = run_path(run_directory(context), name)
     events, found = read_run(path)
     try:

@@ -255,10 +255,10 @@ def big_record(world, run: str, began: float) -> None:
 
 def test_five_hundred_machines_in_two_seconds_and_three_megabytes(world, monkeypatch) -> None:
     monkeypatch.setattr("drctl.store.atomic.sync_data", lambda file: None)
-    for number in range(3):
+    for number in range(2):
         big_record(world, f"2026010{number + 1}T000000Z-big-000{number}", 1e9 + number)
     before = time.process_time()
-    result = world("run", "report", "20260103T000000Z-big-0002", "--format", "html")
+    result = world("run", "report", "20260102T000000Z-big-0001", "--format", "html")
     took = time.process_time() - before
     assert took < 2.0
     assert len(result.out.encode()) < 3_000_000
@@ -267,7 +267,7 @@ def test_five_hundred_machines_in_two_seconds_and_three_megabytes(world, monkeyp
     assert "characters left out" in page.text
     assert "not shown here: drctl run show" in page.text
     assert "420 machines that went well and were not among the slowest are left out here" in page.text
-    assert len(world("run", "report", "20260103T000000Z-big-0002", "--format", "junit").out.encode()) < 20_000_000
+    assert len(world("run", "report", "20260102T000000Z-big-0001", "--format", "junit").out.encode()) < 20_000_000
 
 
 def test_a_recovery_that_failed_is_in_the_groups(plans) -> None:

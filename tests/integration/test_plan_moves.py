@@ -61,6 +61,19 @@ def run(sites, mode, *arguments, code=0):
     return (json.loads(told) if told else {}), said
 
 
+def test_a_drill_by_plan_leaves_nothing_and_is_reported(sites):
+    sites.faults.await_live(120)
+    write(sites, check="true")
+    document, said = run(sites, "test", "--yes")
+    assert document["verdict"] == "passed", said
+    assert sites.rig.virsh("beta", "list", "--all", "--name").split() == []
+    assert sites.states("alpha") == {"web-1": "running", "web-2": "running"}
+    told = json.loads(sites.drctl("run", "report", "latest", "--format", "json")[0])
+    assert (told["verdict"], told["rto_seconds"] < 120, told["rpo_seconds"] < 60) == ("passed", True, True)
+    assert "✓ passed" in sites.drctl("run", "report", "latest", "--format", "html")[0]
+    sites.drctl("check", "drill", "web")
+
+
 def test_a_switchover_by_plan_loses_nothing_and_is_not_rolled_back(sites):
     sites.faults.await_live(120)
     write(sites)
