@@ -40,6 +40,7 @@ from drctl.appliance.roles import RECOVERY, SOURCE, Roles, RoleView
 from drctl.appliance.seed_service import SeedService
 from drctl.appliance.source_service import SourceService
 from drctl.appliance.state_watch import States, StateWatch, group_states
+from drctl.appliance.source_verification import SourceVerification
 from drctl.appliance.store_expiry import StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.appliance.support import collect
@@ -162,6 +163,7 @@ class Appliance:
             "replicate.stop": self._replicate_stop,
             "replicate.seed": self._seeds.take,
             "resync": source.resync,
+            "source.verify": SourceVerification(source.protection).verify,
             "checkpoint.create": source.checkpoint_create,
             "checkpoint.list": stores.checkpoint_list,
             "checkpoint.choose": stores.checkpoint_choose,

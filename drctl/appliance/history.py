@@ -27,6 +27,7 @@ CHANGING = (
     "replicate.stop",
     "replicate.seed",
     "resync",
+    "source.verify",
     "checkpoint.create",
     "checkpoint.tag",
     "test.start",
@@ -47,6 +48,7 @@ CHANGING = (
 PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")
 #: What of the parameters a line keeps, besides the group.
 DETAILS = (
+    "repair",
     "site",
     "rate",
     "seconds",

@@ -26,27 +26,33 @@ class SurveyOrder:
 
     wanted: bool = False
     running: bool = False
+    #: What the shipper is to do, with which parameters; its findings are in its status under `told`.
+    mode: str = "survey"
+    told: str = "survey"
+    parameters: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     findings: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def order(self, group: str) -> None:
-        """Raises WrongPhase while one is ordered or runs."""
+    def order(self, group: str, parameters: dict[str, Any] | None = None) -> None:
+        """A survey; with parameters a verification. Raises WrongPhase while one is ordered or runs."""
         with self._lock:
             if self.wanted or self.running:
                 raise WrongPhase(f"the disks of {group} are being compared already", group=group)
+            self.mode, self.told = ("survey", "survey") if parameters is None else ("verify", "verification")
+            self.parameters = parameters or {}
             self.wanted, self.error, self.findings = True, "", {}
 
     def begin(self, passes: Passes, shipper: ShipperLink, state: GroupState, machines: Sequence[Machine]) -> None:
         """Let the shipper read all disks. Raises HypervisorRefused, WrongPhase, ApplianceUnreachable."""
-        exports = passes.begin("survey", [disk.number for disk in state.disks], state, machines)
+        exports = passes.begin(self.mode, [disk.number for disk in state.disks], state, machines)
         self.wanted, self.running = False, True
-        shipper.start_sync("survey", exports, "", ())
+        shipper.start_sync(self.mode, exports, "", (), **self.parameters)
 
     def ended(self, status: dict[str, Any]) -> None:
         """The shipper's status says how it went."""
         sync = status.get("sync") or {}
-        self.findings = status.get("survey") or {}
+        self.findings = status.get(self.told) or {}
         if sync.get("job") != "surveyed":
             self.error = str(sync.get("error") or "it was broken off")
         self.running = False

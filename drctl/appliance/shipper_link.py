@@ -161,10 +161,10 @@ class ShipperLink:
         self.take(self.call("status"))
 
     def start_sync(
-        self, mode: str, exports: dict[int, Export], identity: str = "", equal: Collection[int] = ()
+        self, mode: str, exports: dict[int, Export], identity: str = "", equal: Collection[int] = (), **more: Any
     ) -> None:
         disks = {str(number): {"socket": e.socket, "export": e.export} for number, e in exports.items()}
-        self.call("sync.start", {"mode": mode, "disks": disks, "id": identity, "equal": sorted(equal)})
+        self.call("sync.start", {"mode": mode, "disks": disks, "id": identity, "equal": sorted(equal), **more})
         self.refresh()
 
     def new_definition(self) -> None:

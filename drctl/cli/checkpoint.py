@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from drctl.cli import bisect, checkpoint_copy, points, render
+from drctl.cli import bisect, checkpoint_copy, checkpoint_source, points, render
 from drctl.cli.confirm import propose
+from drctl.cli.context import Context
 from drctl.cli.inventory import side
 from drctl.cli.options import CheckpointName, DryRun, Format, GroupName, Output, Yes, begin, examples, noun
 from drctl.errors import IntegrityError
@@ -143,15 +144,57 @@ def tag(
 
 
 @app.command(
-    epilog=examples("drctl checkpoint verify web", "drctl checkpoint verify web tag:before-upgrade --output json")
+    epilog=examples(
+        "drctl checkpoint verify web",
+        "drctl checkpoint verify web tag:before-upgrade --output json",
+        "drctl checkpoint verify web --source --sample 5% --rate '50 MB/s'",
+    )
 )
 def verify(
-    ctx: typer.Context, group: GroupName, checkpoint: CheckpointName = "latest", output: Output = Format.TEXT
-) -> None:
+    ctx: typer.Context,
+    group: GroupName,
+    checkpoint: CheckpointName = "latest",
+    source: Annotated[
+        bool, typer.Option("--source", help="Hold the newest state against the disks of the source, which runs on.")
+    ] = False,
+    sample: Annotated[
+        float | None,
+        typer.Option(
+            "--sample", parser=checkpoint_source.share, metavar="SHARE", help="With --source: a part, e.g. 5%."
+        ),
+    ] = None,
+    rate: Annotated[
+        int | None,
+        typer.Option(
+            "--rate", parser=checkpoint_source.rate, metavar="RATE", help="With --source: read so fast at most."
+        ),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="With --source: send again what is wrong, and nothing else.")
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    output: Output = Format.TEXT,
+) -> int:
     """Read all that a checkpoint is made of, and check every checksum.
 
-    Exits with 31 when something is damaged."""
+    With --source both sides are read and compared while the guests run and checkpoints go on; what differs because it
+    is being written is told from what is wrong. A repair mends the newest state: older checkpoints keep what they have.
+    Exits with 31 when something is damaged, with 3 when it was and all of it is repaired."""
     context = begin(ctx, output)
+    if source:
+        if checkpoint != "latest":
+            raise typer.BadParameter("--source looks at the newest state; name no checkpoint")
+        order = {"share": sample or 1.0, "rate": rate or 0, "repair": repair}
+        return checkpoint_source.verify_source(context, group, order, dry_run=dry_run, yes=yes)
+    if sample or rate or repair:
+        raise typer.BadParameter("--sample, --rate and --repair go with --source")
+    if dry_run and not propose(context.screen, [f"read {group} at {checkpoint}"], dry_run=True, yes=yes):
+        return 0
+    return _verify_checkpoint(context, group, checkpoint)
+
+
+def _verify_checkpoint(context: Context, group: str, checkpoint: str) -> int:
     host = side(context, group, "recovery")
     found = points.pick(context, host, group, checkpoint)
     with context.screen.bar(f"verify #{found.number}") as update:
@@ -180,3 +223,4 @@ def verify(
             f"checkpoint #{found.number} of {group} is damaged: {damaged[0]}",
             hint="recover to another one: drctl checkpoint list",
         )
+    return 0

@@ -21,6 +21,7 @@ from drctl.wire.signature import (
     digests,
     runs_of,
     signatures,
+    signatures_of_zeroes,
     zero_signature,
 )
 
@@ -135,8 +136,7 @@ class Comparison:
 
     async def _sign(self, extent: Extent, data: bytearray | None) -> bytes:
         if data is None:
-            whole, rest = divmod(extent.length, SIGNED)
-            return zero_signature(self._key) * whole + (zero_signature(self._key, rest) if rest else b"")
+            return signatures_of_zeroes(self._key, extent.length)
         return await self._in_worker(lambda: signatures(self._key, data))
 
     async def _masks(

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from drctl.errors import (
@@ -36,8 +37,9 @@ from drctl.replication.shipper_config import ShipperConfig, load_config
 from drctl.replication.shipper_marks import MarkCutter, Witness
 from drctl.replication.shipper_state import Definition, LinkState, ShipperState, status
 from drctl.replication.shipper_stream import StreamSender
-from drctl.replication.shipper_sync import SyncJob
+from drctl.replication.shipper_sync import VERIFY, SyncJob
 from drctl.replication.throttle import Throttle
+from drctl.replication.verification import Order
 
 FIRST_BACKOFF = 0.2
 LONGEST_BACKOFF = 5.0
@@ -214,8 +216,14 @@ class Shipper:
         }
 
     async def _sync_start(self, params: dict[str, Any]) -> Any:
-        """{mode, disks {number: {socket, export}}, id, equal [number]} → {mode}; progress is told in the status."""
+        """{mode, disks {number: {socket, export}}, id, equal [number]} → {mode}; progress is told in the status.
+
+        Mode `verify`: {share, rate, seed, confirm, repair} besides."""
         exports = {int(n): Export(str(disk["socket"]), str(disk["export"])) for n, disk in params["disks"].items()}
+        if params["mode"] == VERIFY:
+            wanted = {name: params[name] for name in ("share", "rate", "seed", "confirm") if name in params}
+            self._sync.verify(exports, msgspec.convert(wanted, Order), repair=bool(params.get("repair")))
+            return {"mode": VERIFY}
         equal = [int(number) for number in params.get("equal") or ()]
         self._sync.start(str(params["mode"]), exports, str(params.get("id") or ""), equal)
         return {"mode": params["mode"]}

@@ -21,7 +21,12 @@ from drctl.replication.shipper_config import ShipperConfig
 from drctl.replication.signature_exchange import SignatureExchange
 from drctl.replication.survey import Findings
 from drctl.replication.throttle import Throttle
+from drctl.replication.verification import Verdict, WriteWatch
 from drctl.wire.link import JournalSpace
+
+#: What a status tells of a verification in bytes, and of how many extents that are wrong.
+VERDICT = ("total", "done", "read", "suspect", "undecided", "repaired")
+WRONG_TOLD = 1000
 
 
 class LinkState(StrEnum):
@@ -122,6 +127,9 @@ class ShipperState:
     sync_error: str = ""
     #: The newest survey's findings.
     survey: Findings | None = None
+    #: The newest verification's; and who wants to see the records on their way.
+    verdict: Verdict | None = None
+    watch: WriteWatch | None = None
     shipped_records: int = 0
     shipped_bytes: int = 0
 
@@ -185,6 +193,7 @@ def status(state: ShipperState) -> dict[str, Any]:
         },
         "sync": _sync(state),
         "survey": _survey(state),
+        "verification": _verification(state),
         "journal": msgspec.to_builtins(state.journal),
         "shipped_records": state.shipped_records,
         "shipped_bytes": state.shipped_bytes,
@@ -210,6 +219,16 @@ def _survey(state: ShipperState) -> dict[str, Any] | None:
     found = asdict(state.survey)
     del found["began"]
     return {f"{name}_bytes" if name != "seconds" else name: value for name, value in found.items()}
+
+
+def _verification(state: ShipperState) -> dict[str, Any] | None:
+    found = state.verdict
+    if found is None:
+        return None
+    counts = {f"{name}_bytes": getattr(found, name) for name in VERDICT}
+    wrong = [{"disk": disk, "offset": offset, "length": length} for disk, offset, length in found.wrong[:WRONG_TOLD]]
+    more = {"wrong": wrong, "wrong_bytes": sum(each[2] for each in found.wrong), "seconds": found.seconds}
+    return {**counts, **more}
 
 
 def _sync(state: ShipperState) -> dict[str, Any]:

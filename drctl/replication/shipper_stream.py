@@ -188,6 +188,8 @@ class StreamSender:
         batch = state.ring.batch(step.after, step.upto, state.throttle.step_bytes, STEP_RECORDS)
         assert batch is not None
         state.progress.shipped(batch.last)
+        if state.watch is not None:
+            state.watch.note(batch.descriptors)
         state.shipped_records += len(batch)
         state.shipped_bytes += len(batch.data)
         return self._in_worker(_verified, state.stamp, batch)

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from uuid import uuid4
 
 from drctl.errors import DrctlError, WrongPhase
+from drctl.model.extent import Extent
 from drctl.replication.disk_connection import Export
 from drctl.replication.progress import Needs
 from drctl.replication.reader import Extents, Reader
 from drctl.replication.shipper_state import ShipperState
 from drctl.replication.survey import Survey
 from drctl.replication.sync_progress import Sync
+from drctl.replication.verification import Order, Stream, Verification, WriteWatch
 
 #: How often the maps and the tap's answer are looked at.
 LOOK_EVERY = 0.05
 #: A round that found nothing because the tap still drops is not repeated faster than this.
 ROUND_PAUSE = 0.5
 
-#: A mode of sync.start that sends nothing.
+#: Modes of sync.start that send nothing (but for a repair).
 SURVEY = "survey"
+VERIFY = "verify"
+_LOOKING = (SURVEY, VERIFY)
+#: Longest that a connection may take to be made anew (seconds).
+RECONNECT = 10.0
 #: How often its findings are told.
 SURVEY_EVERY = 0.5
 
@@ -33,7 +40,7 @@ log = logging.getLogger(__name__)
 
 class SyncJob:
     """One order of the supervisor. Modes: `initial`, `full`, `dirty`, and `clean` (the disks are known to be equal);
-    `survey` finds out what `full` would send.
+    `survey` finds out what `full` would send, `verify` what is wrong (verification.py), and repairs it on order.
 
     A full pass may be about some disks only: when the receiver needs nothing, or when the others are `equal`, that is
     known to be the same there."""
@@ -43,34 +50,49 @@ class SyncJob:
         self._reader = reader
         self._task: asyncio.Task[None] | None = None
 
+    def verify(self, exports: dict[int, Export], order: Order, *, repair: bool) -> None:
+        """Begin to verify in the background. Raises WrongPhase."""
+        self._demand_free(exports)
+        self._state.verdict = None
+        self._begin(self._run(VERIFY, exports, "", self._verify(exports, order, repair=repair)))
+
     def start(self, mode: str, exports: dict[int, Export], identity: str = "", equal: Collection[int] = ()) -> None:
         """Begin in the background, or go on with the pass of that identity where the receiver has it durable.
 
         Raises WrongPhase while one runs or the receiver's needs are not known."""
+        self._demand_free(exports)
+        progress, sizes = self._state.progress, self._state.ring.disks
+        told = {*exports, *(equal if progress.needs is Needs.FULL else ())}
+        if progress.needs is not Needs.NOTHING and mode not in ("clean", *_LOOKING) and told != set(sizes):
+            raise WrongPhase(f"the receiver needs all disks, {sorted(sizes)}, not {sorted(told)} alone")
+        looking = self._survey(exports) if mode == SURVEY else None
+        self._begin(self._run(mode, exports, identity or uuid4().hex, looking))
+
+    def _demand_free(self, exports: dict[int, Export]) -> None:
         if self._task is not None and not self._task.done():
             raise WrongPhase("a sync is running already", hint="see the shipper's status")
-        progress = self._state.progress
-        if progress.needs is Needs.UNKNOWN:
+        if self._state.progress.needs is Needs.UNKNOWN:
             raise WrongPhase("the receiver was not reached yet, so it is not known what it needs")
-        sizes = self._state.ring.disks
-        if unknown := sorted(set(exports) - set(sizes)):
+        if unknown := sorted(set(exports) - set(self._state.ring.disks)):
             raise WrongPhase(f"the ring has no disks {unknown}")
-        told = {*exports, *(equal if progress.needs is Needs.FULL else ())}
-        if progress.needs is not Needs.NOTHING and mode not in ("clean", SURVEY) and told != set(sizes):
-            raise WrongPhase(f"the receiver needs all disks, {sorted(sizes)}, not {sorted(told)} alone")
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
         self._state.sync_job = "running"
         self._state.sync_error = ""
-        self._task = asyncio.get_running_loop().create_task(self._run(mode, exports, identity or uuid4().hex))
+        self._task = asyncio.get_running_loop().create_task(work)
 
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    async def _run(self, mode: str, exports: dict[int, Export], identity: str) -> None:
+    async def _run(
+        self, mode: str, exports: dict[int, Export], identity: str, looking: Coroutine[None, None, None] | None = None
+    ) -> None:
         state = self._state
         try:
-            if mode == SURVEY:
-                await self._survey(exports)
+            if looking is not None:
+                await self._known()
+                await looking
                 state.sync_job = "surveyed"
                 return
             if mode != Needs.DIRTY:
@@ -89,19 +111,65 @@ class SyncJob:
             state.changed.set()
             state.wake.set()
 
+    async def _known(self) -> None:
+        """A connection that was made before the first sync knows of nothing to compare with: make another."""
+        exchange = self._reader.peer.exchange
+        if self._state.progress.needs is not Needs.NOTHING or not exchange.connected or exchange.key:
+            return
+        exchange.hang_up()
+        end = time.monotonic() + RECONNECT
+        while not exchange.key and time.monotonic() < end:  # noqa: ASYNC110 - another task makes the connection
+            await asyncio.sleep(LOOK_EVERY)
+
     async def _survey(self, exports: dict[int, Export]) -> None:
         """Find out what a pass would send; marks go on."""
         survey = Survey(self._reader.peer.exchange, self._reader.pace, self._reader.hashers)
         sizes = {number: size for number, size in self._state.ring.disks.items() if number in exports}
-        running = asyncio.ensure_future(survey.run(exports, sizes))
+
+        def tell() -> None:
+            self._state.survey = survey.findings
+
+        await self._told(survey.run(exports, sizes), tell)
+
+    async def _told(self, work: Coroutine[None, None, object], tell: Callable[[], None]) -> None:
+        """Do it, and tell of it now and then."""
+        running = asyncio.ensure_future(work)
         try:
             while not running.done():
                 await asyncio.wait([running], timeout=SURVEY_EVERY)
-                self._state.survey = survey.findings
+                tell()
                 self._state.changed.set()
             await running
         finally:
             running.cancel()
+
+    async def _verify(self, exports: dict[int, Export], order: Order, *, repair: bool) -> None:
+        """Find out what is wrong at the other side; marks go on, but for the moment of a repair."""
+        state, progress, ring = self._state, self._state.progress, self._state.ring
+
+        def watch(wanted: WriteWatch | None) -> None:
+            state.watch = wanted
+
+        def tell() -> None:
+            state.verdict = verification.verdict
+
+        def unfit() -> str:
+            return progress.no_mark_because() if progress.connected else "the link broke"
+
+        stream = Stream(state.exchange, ring.look, lambda: progress.cursor, lambda: progress.released, unfit, watch)
+        verification = Verification(stream, order, self._reader.hashers)
+        sizes = {number: size for number, size in ring.disks.items() if number in exports}
+        await self._told(verification.run(exports, sizes), tell)
+        wrong = verification.verdict.wrong
+        if not wrong or not repair:
+            return
+
+        def extents(disk: int) -> Iterator[Extent]:
+            return (Extent(offset, length) for number, offset, length in sorted(wrong) if number == disk)
+
+        touched = {number: sizes[number] for number, _, _ in wrong}
+        await self._pass(Sync(uuid4().hex, "dirty", touched, sum(each[2] for each in wrong)), exports, extents)
+        await self._told(verification.recheck(exports, sizes), tell)
 
     async def _main(self, mode: str, exports: dict[int, Export], identity: str) -> None:
         needs = self._state.progress.needs

@@ -42,6 +42,11 @@ class SignatureExchange:
         self._connection = connection
         self.key = key if len(key) == KEY_SIZE else b""
 
+    def hang_up(self) -> None:
+        """End the connection: the next one's WELCOME tells what can be compared now."""
+        if self._connection is not None:
+            self._connection.abort()
+
     def close(self) -> None:
         self._connection, self.key = None, b""
         waiting, self._waiting = self._waiting, {}
@@ -49,10 +54,11 @@ class SignatureExchange:
             if not future.done():
                 future.set_result(None)
 
-    async def signatures(self, sync: str, disk: int, first: int, count: int) -> bytes | None:
-        """The receiver's signatures of blocks; None when the connection is gone. Raises ProtocolViolation."""
+    async def signatures(self, sync: str, disk: int, first: int, count: int, *, fresh: bool = False) -> bytes | None:
+        """The receiver's signatures of blocks; None when the connection is gone. `fresh`: made of its data now. Raises
+        ProtocolViolation."""
         number = next(self._ids) & 0xFFFFFFFF
-        answer = await self._ask(number, Compare(number, sync, disk, first, count))
+        answer = await self._ask(number, Compare(number, sync, disk, first, count, fresh))
         if answer is None:
             return None
         if not isinstance(answer, Signatures) or len(answer.data) != count * SIGNATURE_SIZE:

@@ -71,7 +71,7 @@ class Signer:
         try:
             store = self._at(asked.sync)
             check_asked(asked, store.sizes)
-            return Signatures(asked.id, store.signatures(asked.disk, asked.first, asked.count))
+            return Signatures(asked.id, store.signatures(asked.disk, asked.first, asked.count, fresh=asked.fresh))
         except IntegrityError as exc:
             log.warning("%s: %s", self._root.name, exc)
             self._close()

@@ -53,7 +53,7 @@ from drctl.wire.signature import (
     SIGNED,
     blocks_of,
     signatures,
-    zero_signature,
+    signatures_of_zeroes,
 )
 
 MAGIC = b"DRSM"
@@ -207,9 +207,12 @@ class SignatureStore:
         """Of the disks, by number."""
         return {number: disk.size for number, disk in self._disks.items()}
 
-    def signatures(self, disk: int, first: int, count: int) -> bytes:
-        """Of blocks that the disk has; UNKNOWN for one that can't be read."""
+    def signatures(self, disk: int, first: int, count: int, *, fresh: bool = False) -> bytes:
+        """Of blocks that the disk has; UNKNOWN for one that can't be read. `fresh`: whatever the map says, which tells
+        the truth afterwards."""
         found = self._map(disk)
+        if fresh:
+            found.valid[first : first + count] = False
         stale = np.flatnonzero(~found.valid[first : first + count]) + first
         self.known += count - len(stale)
         unreadable = [block for low, high in _runs(stale) for block in self._sign(found, low, high)]
@@ -261,7 +264,7 @@ class SignatureStore:
         offset = first * SIGNED
         length = min(count * SIGNED, source.size - offset)
         if not any(data for _, data in source.extents(offset, length)):
-            return _of_zeroes(self.key, length)
+            return signatures_of_zeroes(self.key, length)
         return signatures(self.key, source.read(offset, length))
 
     def _source(self, disk: GroupDisk) -> ViewDisk:
@@ -308,12 +311,6 @@ class SignatureStore:
             self._maps.popitem()[1].close()
         self._view.close()
         self._tip.close()
-
-
-def _of_zeroes(key: bytes, length: int) -> bytes:
-    whole, rest = divmod(length, SIGNED)
-    made = zero_signature(key) * whole if whole else b""
-    return made + (zero_signature(key, rest) if rest else b"")
 
 
 def _runs(numbers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

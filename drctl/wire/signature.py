@@ -59,13 +59,15 @@ Masks = npt.NDArray[np.uint16]
 
 class Compare(msgspec.Struct, frozen=True):
     """The source asks for the signatures of `count` blocks of a disk, from number `first` on, as they are after the
-    SYNC_BEGIN of the pass `sync`, which the receiver has acknowledged."""
+    SYNC_BEGIN of the pass `sync`, which the receiver has acknowledged. `fresh`: made of the data now, whatever a map
+    says of them; a pass whose id was never begun looks at the end of the log then."""
 
     id: int
     sync: str
     disk: int
     first: int
     count: int
+    fresh: bool = False
 
 
 class Signatures(msgspec.Struct, frozen=True):
@@ -107,6 +109,13 @@ def signatures(key: bytes, data: Buffer) -> bytes:
 def zero_signature(key: bytes, length: int = SIGNED) -> bytes:
     """The signature of a block of zeroes."""
     return blake3(bytes(length), key=key).digest(SIGNATURE_SIZE)
+
+
+def signatures_of_zeroes(key: bytes, length: int) -> bytes:
+    """The signatures of `length` bytes of zeroes that begin at a block's border."""
+    whole, rest = divmod(length, SIGNED)
+    made = zero_signature(key) * whole if whole else b""
+    return made + (zero_signature(key, rest) if rest else b"")
 
 
 def digests(key: bytes, block: Buffer) -> bytes:
