@@ -104,17 +104,32 @@ def found_mirrors(jobs: Iterable[Mapping[str, Any]]) -> list[MirrorState]:
     return [look(name, every, None) for name in names if name is not None]
 
 
-def dirty_bytes(nodes: Iterable[Mapping[str, Any]], source: str) -> int | None:
-    """What a mirror on node `source` has still to send, out of `query-named-block-nodes`; None when there is no mirror.
+def dirty_bytes(nodes: Iterable[Mapping[str, Any]], *places: str) -> int | None:
+    """What a mirror whose bitmap is at one of the nodes `places` has still to send, out of `query-named-block-nodes`;
+    None when there is no mirror.
 
-    The job's bitmap sits on the source's node without a name and is not recording (in write-blocking mode QEMU sets
-    its bits itself, when a write failed). A named one is somebody's; a nameless one of another job can only add bits,
-    and then the answer errs to the safe side."""
-    for node in nodes:
-        if node.get("node-name") == source:
-            counts = [int(bitmap["count"]) for bitmap in node.get("dirty-bitmaps", ()) if not bitmap.get("name")]
-            return sum(counts) if counts else None
-    return None
+    The job's bitmap has no name and is not recording (in write-blocking mode QEMU sets its bits itself, when a write
+    failed). QEMU 7.2 keeps it at the source's node, QEMU 10.0 at the job's filter above that (both seen). A named one
+    is somebody's; a nameless one of another job can only add bits, and then the answer errs to the safe side."""
+    counts = [
+        int(bitmap["count"])
+        for node in nodes
+        if node.get("node-name") in places
+        for bitmap in node.get("dirty-bitmaps", ())
+        if not bitmap.get("name")
+    ]
+    return sum(counts) if counts else None
+
+
+def has_filter(nodes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any mirror's filter is among `query-named-block-nodes`."""
+    return any(node.get("drv") == "mirror_top" for node in nodes)
+
+
+def filters(statistics: Iterable[Mapping[str, Any]], source: str) -> list[str]:
+    """The nodes right above `source`, out of `query-blockstats` with `query-nodes` (where a node's child is called its
+    parent). The filters of jobs are there; their names are QEMU's own."""
+    return [str(node.get("node-name", "")) for node in statistics if node.get("parent", {}).get("node-name") == source]
 
 
 def virtual_size(nodes: Iterable[Mapping[str, Any]], name: str) -> int:

@@ -63,6 +63,8 @@ class MemoryQemu:
     server: str = ""
     status: str = "running"
     migration: str = ""
+    #: Whether a job's bitmap is at its filter (QEMU 10), not at the source (QEMU 7.2).
+    bitmap_at_filter: bool = False
     #: Every command in order, for tests that care what was done, and what was not.
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -129,8 +131,19 @@ class MemoryQemu:
         ]
 
     def _do_query_named_block_nodes(self, flat: bool = False) -> list[dict[str, Any]]:
-        return [_node(node, size, list(self._bitmaps(node))) for node, size in self.disks.values()] + [
-            _node(name, size, []) for name, (_, size) in self.nodes.items()
+        found = [_node(name, size, []) for name, (_, size) in self.nodes.items()]
+        for node, size in self.disks.values():
+            bitmaps = list(self._bitmaps(node))
+            found.append(_node(node, size, [] if self.bitmap_at_filter else bitmaps))
+            if bitmaps:
+                found.append(_node(f"#over-{node}", size, bitmaps if self.bitmap_at_filter else []))
+                found[-1]["drv"] = "mirror_top"
+        return found
+
+    def _do_query_blockstats(self, query_nodes: bool = False) -> list[dict[str, Any]]:
+        nodes = [node for node, _ in self.disks.values()]
+        return [{"node-name": node} for node in nodes] + [
+            {"node-name": f"#over-{node}", "parent": {"node-name": node}} for node in nodes if list(self._bitmaps(node))
         ]
 
     def _bitmaps(self, node: str) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,9 @@ from drctl.hypervisor.block_graph import (
     MirrorName,
     MirrorState,
     dirty_bytes,
+    filters,
     found_mirrors,
+    has_filter,
     look,
     virtual_size,
 )
@@ -70,8 +72,16 @@ class Mirror:
 
     def inspect(self) -> MirrorState:
         """The state now. Raises HostUnreachable."""
-        dirty = dirty_bytes(self._nodes(), self.source)
+        dirty = self._dirty()
         return look(self.name, self._run("query-block-jobs"), dirty)
+
+    def _dirty(self) -> int | None:
+        nodes = self._nodes()
+        dirty = dirty_bytes(nodes, self.source)
+        if dirty is None and has_filter(nodes):
+            above = filters(self._run("query-blockstats", query_nodes=True), self.source)
+            dirty = dirty_bytes(nodes, *above)
+        return dirty
 
     # -- attaching --------------------------------------------------------------------------------------------------
 

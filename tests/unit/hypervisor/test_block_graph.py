@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drctl.errors import NotFound
-from drctl.hypervisor.block_graph import MirrorName, dirty_bytes, found_mirrors, look, source_node, virtual_size
+from drctl.hypervisor.block_graph import (
+    MirrorName,
+    dirty_bytes,
+    filters,
+    found_mirrors,
+    has_filter,
+    look,
+    source_node,
+    virtual_size,
+)
 
 NAME = MirrorName.of(1, "0123456789abcdef" * 2, 0)
 
@@ -61,6 +70,25 @@ def test_the_nameless_bitmap_of_the_source_is_the_mirrors():
         {"node-name": "disk", "dirty-bitmaps": [{"name": "backup", "count": 1 << 20}, {"count": 8192}]},
     ]
     assert dirty_bytes(nodes, "disk") == 8192
+
+
+def test_the_bitmap_may_be_at_the_filter_above_the_source():
+    nodes = [
+        {"node-name": "#block7", "drv": "mirror_top", "dirty-bitmaps": [{"count": 4096}]},
+        {"node-name": "#block8", "drv": "mirror_top", "dirty-bitmaps": [{"count": 1 << 20}]},
+        {"node-name": "disk"},
+    ]
+    statistics = [
+        {"node-name": "disk"},
+        {"node-name": "#block7", "parent": {"node-name": "disk"}},
+        {"node-name": "#block8", "parent": {"node-name": "other"}},
+        {"node-name": "qcow2", "parent": {"node-name": "file"}},
+    ]
+    assert has_filter(nodes)
+    assert filters(statistics, "disk") == ["#block7"]
+    assert dirty_bytes(nodes, "disk") is None
+    assert dirty_bytes(nodes, *filters(statistics, "disk")) == 4096
+    assert not has_filter(nodes[2:])
 
 
 @pytest.mark.parametrize(

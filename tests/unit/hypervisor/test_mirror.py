@@ -41,9 +41,9 @@ def tap():
     return MemoryTap()
 
 
-@pytest.fixture
-def qemu(tap):
-    return MemoryQemu({"virtio-disk0": ("disk", GiB)}, {SOCKET: tap})
+@pytest.fixture(params=[False, True], ids=["qemu-7", "qemu-10"])
+def qemu(tap, request):
+    return MemoryQemu({"virtio-disk0": ("disk", GiB)}, {SOCKET: tap}, bitmap_at_filter=request.param)
 
 
 @pytest.fixture
