@@ -97,7 +97,9 @@ def _program(name: str, source: Path) -> Entry:
 
 def _modules(kernel: Path) -> Iterator[tuple[str, bytes]]:
     """The modules as (file name, bytes), each after those it depends on."""
-    files = {_module_name(path): path for path in (kernel / "lib/modules").rglob("*.ko*")}
+    # Packages since Debian 13 hold them below usr, where the merged file system has /lib.
+    places = (kernel / "lib/modules", kernel / "usr/lib/modules")
+    files = {_module_name(path): path for place in places for path in place.rglob("*.ko*")}
     if not files:
         raise SetupFailed(f"{kernel} holds no kernel modules")
     done: set[str] = set()

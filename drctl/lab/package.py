@@ -17,7 +17,7 @@ Progress = Callable[[str], None]
 
 
 def kernel(cache: Path, progress: Progress) -> Path:
-    """A directory with `boot/vmlinuz-*` and `lib/modules/*` of the distribution's kernel for virtual machines.
+    """A directory with `boot/vmlinuz-*` and `[usr/]lib/modules/*` of the distribution's kernel for virtual machines.
 
     What the cache holds is used as it is: a lab must not need the network twice. Raises SetupFailed."""
     for found in sorted(cache.glob("linux-image-*/unpacked")):

@@ -91,12 +91,13 @@ class Recorder:
         path.unlink(missing_ok=True)
 
     def _found(self) -> list[tuple[Place, Path]]:
-        """Channels that nobody holds yet. libvirt 10 moved them from the config to the runtime directory."""
+        """Channels that nobody holds yet. Later versions of libvirt have them in the runtime directory."""
         found = []
         for site in self._layout.sites:
             for base, pattern in (
-                (site.config, "libvirt/qemu/channel/target/*"),
+                (site.config, "libvirt/qemu/channel/target/*"),  # 9.0
                 (site.run / "r", "libvirt/qemu/channel/*"),
+                (site.run / "r", "libvirt/qemu/run/channel/*"),  # 11.3
             ):
                 for path in base.glob(f"{pattern}/{WITNESS_CHANNEL}"):
                     domain = re.sub(r"^(domain-)?\d+-", "", path.parent.name)
