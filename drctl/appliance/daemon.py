@@ -173,6 +173,8 @@ class Appliance:
             "test.start": recovery.test_start,
             "test.list": recovery.test_list,
             "test.stop": recovery.test_stop,
+            "recovery.agent": recovery.guests.agent,
+            "recovery.console": recovery.guests.console,
             "failover.plan": recovery.reigns.plan,
             "failover.run": self._lifted(recovery.reigns.failover),
             "fence.note": lambda _params, _progress: {},  # the operator's machine fenced; only history is written here

@@ -67,7 +67,8 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "wall_ns": time.time_ns(),
         "uri": config.uri,
         "versions": {"hypervisor": version, "python": platform.python_version()},
-        "capabilities": {"labels": labels()},
+        # What plans ask of a recovery site (plan/inventory.py, Ability).
+        "capabilities": {"labels": labels(), "guest-agent": True, "console": True},
         "space": space,
         "memory": _memory(),
         "certificate": _certificate(home),

@@ -12,6 +12,7 @@ from typing import Any
 from drctl.appliance.recovery_end import take_down
 from drctl.appliance.recovery_forecast import scratch_limit
 from drctl.appliance.recovery_guard import Background
+from drctl.appliance.recovery_guest import RecoveredGuests
 from drctl.appliance.recovery_ports import Progress, Tools
 from drctl.appliance.recovery_reign import Reigns
 from drctl.appliance.recovery_state import LIVE, RecoveryFiles, RecoveryKind, RecoveryPhase
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 class Recovery:
     """The recoveries of one appliance. Methods may be called from any thread; `supervise` from one.
 
-    `reigns` has the methods of failover, switchover, commit and rollback. `boot` identifies the host's boot
-    (/proc/sys/kernel/random/boot_id)."""
+    `reigns` has the methods of failover, switchover, commit and rollback, `guests` those that ask machines. `boot`
+    identifies the host's boot (/proc/sys/kernel/random/boot_id)."""
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class Recovery:
         self._files = files
         self._works = Works(tools, files, boot, background=background, parallel=parallel)
         self.reigns = Reigns(self._works)
+        self.guests = RecoveredGuests(tools.hypervisor, files)
         self._swept = tools.clock.monotonic()
 
     # -- tests ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from drctl.cli.context import Context
 from drctl.cli.failover import Forecast
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
 from drctl.cli.leased import lease
-from drctl.cli.plan_site import GroupSite, recovered_facts
+from drctl.cli.plan_site import ASK_TIMEOUT, GroupSite, recovered_facts
 from drctl.errors import DrctlError, StepFailed
 from drctl.model.site import Host
 from drctl.plan.inventory import Ending
@@ -135,6 +135,11 @@ class MoveSite(GroupSite):
         machines: list[dict[str, Any]] = found.get("machines") or []
         machine = next((one for one in machines if one["name"] == name), None)
         return machine or {"state": "failed", "reason": f"{name} is not in {found['kind']} {found['id']}"}
+
+    def ask(self, group: str, method: str, **params: Any) -> Any:
+        found = recovery.reigning(self._status(group))
+        identity = str(found["id"]) if found else ""
+        return self._context.call(self._hosts[group], method, recovery=identity, timeout=ASK_TIMEOUT, **params)
 
     def context_of(self, group: str) -> Context:
         """Its calls carry the group's lease."""

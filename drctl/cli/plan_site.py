@@ -19,6 +19,8 @@ from drctl.plan.step import MachineOrder, Recovery
 
 #: Between two looks at a machine that does not run yet.
 _LOOK = 0.5
+#: One question to a machine's agent (its own limit is 5 s), or a console's text.
+ASK_TIMEOUT = 15.0
 #: States of a test of which nothing is left.
 _GONE = ("stopped",)
 
@@ -65,11 +67,15 @@ class GroupSite(ABC):
             if cancelled.wait(_LOOK):
                 raise StepFailed(f"given up; {order.name} is {state}")
 
+    @abstractmethod
+    def ask(self, group: str, method: str, **params: Any) -> Any:
+        """One method of the recovery site about the group's recovery by this run. Raises DrctlError."""
+
     def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
-        raise StepFailed(f"{machine}: the appliance gives no access to its guest agent yet")
+        return self.ask(group, "recovery.agent", machine=machine, command=sent)["return"]
 
     def console(self, group: str, machine: str) -> str:
-        raise StepFailed(f"{machine}: the appliance gives no access to its console yet")
+        return str(self.ask(group, "recovery.console", machine=machine)["text"])
 
 
 def recovered_facts(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +164,10 @@ class DrillSite(GroupSite):
         machines: list[dict[str, Any]] = test.get("machines") or []
         found = next((one for one in machines if one["name"] == name), None)
         return found or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}
+
+    def ask(self, group: str, method: str, **params: Any) -> Any:
+        recovery = self._tests.get(group, "")
+        return self._context.call(self._hosts[group], method, recovery=recovery, timeout=ASK_TIMEOUT, **params)
 
     def _is_ours(self, group: str, test: Mapping[str, Any]) -> bool:
         """Told by its label, or, where the appliance keeps none, by the id that starting it returned."""

@@ -148,7 +148,9 @@ def _vm(plan: Plan, vm: Vm, facts: GroupFacts) -> Iterator[Finding]:
     needed = {_NEEDS[check.kind] for check in vm.checks if check.kind in _NEEDS}
     needed |= {Ability.GUEST_AGENT for one in (*vm.checks, *vm.scripts) if _in_guest(one)}
     for ability in sorted(needed - facts.abilities):
-        yield tell(f"{vm.name!r}: the appliance gives no access to its {ability} yet", "use tcp, http or command")
+        yield tell(
+            f"{vm.name!r}: its appliance gives no access to its {ability}", "upgrade it, or use tcp, http or command"
+        )
 
 
 _NEEDS = {CheckKind.CONSOLE: Ability.CONSOLE, CheckKind.GUEST_AGENT: Ability.GUEST_AGENT}

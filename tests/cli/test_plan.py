@@ -159,7 +159,7 @@ def test_what_is_not_as_the_plan_needs_it_is_42(plans, change, message: str) -> 
         ('name = "db"', 'name = "db1"', "web.toml:10: machine 'db1' is not in group 'web' (did you mean 'db'?)"),
         ('all_of = ["web"]', '[[stage.vm]]\nname = "db2"', "machine 'front' of group 'web' is in no stage"),
         ('name = "db"', 'name = "db"\nmemory = "1 GiB"', "the appliance can't change memory"),
-        ('kind = "command"', 'kind = "command"\nwhere = "guest"', "gives no access to its guest-agent yet"),
+        ('kind = "command"', 'kind = "command"\nwhere = "guest"', "gives no access to its guest-agent"),
     ],
 )  # fmt: skip
 def test_what_the_plan_says_and_nobody_has(plans, old: str, new: str, message: str) -> None:
@@ -502,3 +502,76 @@ def test_keys_that_hide_commands_reach_no_terminal(plans) -> None:
         result = plans(*arguments)
         assert "\x1b" not in result.out + result.err, arguments
         assert r"\x1b[2J" in result.out + result.err, arguments
+
+
+GUEST = """\
+plan = "web"
+groups = ["web"]
+[[stage]]
+name = "data"
+[[stage.vm]]
+name = "db"
+[[stage.vm.check]]
+kind = "guest-agent"
+interval = "100ms"
+retries = 3
+[[stage.vm.check]]
+kind = "console"
+text = "login:"
+interval = "100ms"
+retries = 3
+[[stage.vm.script]]
+when = "after"
+where = "guest"
+run = ["/usr/bin/id"]
+[[stage]]
+name = "rest"
+all_of = ["web"]
+"""
+
+
+@pytest.fixture
+def guests(plans):
+    """A recovery site that gives access to its guests."""
+    info = plans.beta._appliance_info({})
+    plans.beta.replies["appliance.info"] = info | {"capabilities": {"guest-agent": True, "console": True}}
+    said = iter(["", "booting", "host login: "])
+    plans.beta.replies["recovery.console"] = lambda params, progress: {"text": next(said, "host login: "), "bytes": 9}
+
+    def agent(params, progress):
+        match params["command"]["execute"]:
+            case "guest-exec":
+                return {"return": {"pid": 7}}
+            case "guest-exec-status":
+                return {"return": {"exited": True, "exitcode": 0, "out-data": "dWlkPTA="}}
+        return {"return": {}}
+
+    plans.beta.replies["recovery.agent"] = agent
+    write(plans, GUEST)
+    return plans
+
+
+def test_checks_and_scripts_in_the_guest(guests) -> None:
+    result = guests("plan", "run", "web", "--mode", "test", "--yes", "-o", "json")
+    assert result.code == 0, result.err
+    asked = guests.beta.called("recovery.agent")
+    assert {params["recovery"] for params in asked} == {"t1"}
+    assert [params["command"]["execute"] for params in asked] == ["guest-ping", "guest-exec", "guest-exec-status"]
+    assert len(guests.beta.called("recovery.console")) == 3, "until it says so"
+    shown = guests("run", "show", result.json["run"], "-o", "json").json
+    assert next(one["output"] for one in shown["steps"] if one["id"].endswith("after:id")) == "uid=0"
+
+
+def test_after_a_failover_they_ask_what_reigns(guests) -> None:
+    down = ("--source-is-down", "fire", "--confirm", "web")
+    assert guests("plan", "run", "web", "--mode", "failover", *down).code == 0
+    assert {params["recovery"] for params in guests.beta.called("recovery.agent")} == {"f1"}
+
+
+def test_a_guest_that_does_not_answer_fails_its_check(guests) -> None:
+    from drctl.errors import HypervisorRefused
+
+    guests.beta.replies["recovery.agent"] = HypervisorRefused("the guest agent is not connected")
+    result = guests("plan", "run", "web", "--mode", "test", "--yes")
+    assert (result.code, "check:guest-agent: the guest agent is not connected" in result.err) == (40, True)
+    assert guests.beta.tests == []
