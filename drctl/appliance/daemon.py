@@ -41,7 +41,7 @@ from drctl.appliance.seed_service import SeedService
 from drctl.appliance.source_service import SourceService
 from drctl.appliance.state_watch import States, StateWatch, group_states
 from drctl.appliance.source_verification import SourceVerification
-from drctl.appliance.store_expiry import StoreExpiry
+from drctl.appliance.store_expiry import KEEP_SECONDS, StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.appliance.support import collect
 from drctl.errors import DrctlError, HostUnreachable, WrongPhase
@@ -217,6 +217,8 @@ class Appliance:
         name = str(params.get("group"))
         if self._roles.of(name) == SOURCE:
             self._source.remove(name)
+            if name in self._stores.names():  # what the group had left here is history, and goes with it
+                self._expiry.keep(name, KEEP_SECONDS, "the group was deleted")
             return {"group": name, "removed": True, "kept_until": None}
         return {"group": name, "removed": True, "kept_until": self._stores.remove(name)}
 

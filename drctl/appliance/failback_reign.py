@@ -15,6 +15,7 @@ from drctl.appliance.failback_turn import spec_back, turned
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.handover_record import HandoverFiles
 from drctl.appliance.recovery_store import GroupStores, recoverable_from
+from drctl.appliance.source_service import demand_room
 from drctl.appliance.tappable import check_machines
 from drctl.errors import DrctlError, NotFound, PreconditionFailed, Refused
 from drctl.model.group import GroupDisk, GroupSpec
@@ -87,6 +88,7 @@ class FailbackReign:
         try:
             check_machines(self._deps.host, spec.machines)
             self._home.peer(spec.recovery)
+            demand_room(self._home.run, spec.ring_size)
         except DrctlError as exc:
             reasons.append(exc.message)
         return reasons

@@ -27,7 +27,7 @@ from drctl.appliance.handover_record import HandoverFiles
 from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.recovery_store import GroupStores
 from drctl.appliance.seed_files import disks_by_name, free_at
-from drctl.errors import DrctlError, Interrupted, Locked, NotFound, PreconditionFailed, Refused, WrongPhase
+from drctl.errors import DrctlError, Interrupted, Locked, NotFound, PreconditionFailed, Refused
 from drctl.model.extent import format_bytes
 from drctl.model.group import GroupDisk, GroupSpec
 from drctl.model.machine import MachineState
@@ -120,8 +120,11 @@ class FailbackService:
         `number`: the checkpoints of the group go on above it. Given again it goes on, or tells what is done. Raises
         PreconditionFailed, Refused; OutOfSpace and what else a step meets: then it may be given again."""
         name, generation = str(params.get("group")), int(params["generation"])
+        self._await_end(name, progress)
         record = self._files.load(name)
-        if record is None or record.generation < generation:
+        if record is not None and record.phase is FailbackPhase.SEALING:
+            record.generation = max(record.generation, generation)
+        elif record is None or record.generation < generation:
             record = self._new_record(name, generation, params, record)
             self._files.save(record)
         return self._follow(self._begin(name, record, params), progress)
@@ -134,8 +137,6 @@ class FailbackService:
             raise PreconditionFailed(f"{name} can't come back now: {'; '.join(reasons)}", group=name)
         if generation <= self._generation(name):
             raise Refused(f"generation {generation} is not above {self._generation(name)}, which {name} had here")
-        if earlier is not None and earlier.phase is FailbackPhase.SEALING:
-            raise WrongPhase(f"a failback of {name} to generation {earlier.generation} is half done here", group=name)
         self._handovers.remove(name)
         return Failback(
             group=name,
@@ -193,14 +194,18 @@ class FailbackService:
         """Let what is under way end at its next step; a later supervisor goes on with it."""
         self._stopped.set()
 
+    def _await_end(self, name: str, progress: Progress) -> None:
+        """Of what a new supervisor, or another caller, is doing of it already."""
+        while (running := self._running.get(name)) is not None and running.is_alive():
+            progress({"step": "waiting", "time": time.time()})
+            running.join(TELL_SECONDS)
+
     def _begin(self, name: str, record: Failback, params: dict[str, Any]) -> queue.Queue[Any]:
         """Do it in a thread of its own; the queue tells of it: reports, then the record or an error. Raises Locked."""
         told: queue.Queue[Any] = queue.Queue()
         with self._lock:
             if (running := self._running.get(name)) is not None and running.is_alive():
-                raise Locked(
-                    f"the old disks of {name} are being sealed at this moment", hint=f"see: drctl status {name}"
-                )
+                raise Locked(f"old disks of {name} are being sealed at this moment", hint=f"see: drctl status {name}")
             thread = threading.Thread(
                 target=self._work, args=(record, params, told), name=f"failback-{name}", daemon=True
             )

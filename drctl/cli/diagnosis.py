@@ -157,7 +157,7 @@ def _failed_over(picture: Mapping[str, Any]) -> list[Finding]:
         for name in _running_at_source(picture)
     ]
     if any(one.get("state") == "committed" for one in picture["recoveries"]):
-        hint = "a way back is not in this version: protect it by other means, or as a new group from its new site"
+        hint = f"replicate it back to where it came from: drctl failback {group}"
         return [*found, warning(group, "is failed over and committed; nothing protects it at its new site", hint)]
     return [*found, info(group, "is failed over", f"when it is healthy: drctl commit {group}")]
 

@@ -179,7 +179,7 @@ def test_back_to_alpha_by_what_differs(sites, tail):
     sys.stderr.write(
         f"  failback: {crossed / MIB:.1f} MiB crossed in {seconds:.1f} s; the disks hold {full / MIB:.0f} MiB\n"
     )
-    assert crossed < full / 4
+    assert crossed < full / 2
     record = sites.call("alpha", "group.status")["failback"]
     assert record["phase"] == "open"
     with sites.store("alpha") as store:

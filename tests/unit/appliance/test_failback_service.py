@@ -134,6 +134,7 @@ class Site:
             path=directory,
             store=directory / "store",
             groups=directory / "groups",
+            run=directory,
             config=SimpleNamespace(site=site, host=f"{site}-1"),
             peer=lambda _: None,
         )
