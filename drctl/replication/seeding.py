@@ -16,7 +16,7 @@ import numpy as np
 
 from drctl.errors import HypervisorRefused, Interrupted
 from drctl.model.checkpoint import CheckpointKind
-from drctl.model.extent import BLOCK, MiB
+from drctl.model.extent import BLOCK, FRAME_PAYLOAD, MiB
 from drctl.model.group import GroupDisk
 from drctl.replication import framing
 from drctl.replication.disk_connection import DiskConnection, Export, connected
@@ -196,13 +196,13 @@ class _Writing:
 
 
 def unlike(one: bytes | bytearray, other: bytes | memoryview) -> Iterator[tuple[int, int]]:
-    """The runs of blocks in which two pieces of one length differ: (begin, end) in bytes."""
+    """The runs of blocks in which two pieces of one length differ: (begin, end) in bytes, no longer than a frame."""
     whole = len(one) // BLOCK * BLOCK
-    first = np.frombuffer(one, np.uint8)
-    second = np.frombuffer(other, np.uint8)
-    flags = (first[:whole].reshape(-1, BLOCK) != second[:whole].reshape(-1, BLOCK)).any(axis=1)
+    old, new = (np.frombuffer(data, np.uint8)[:whole].reshape(-1, BLOCK) for data in (one, other))
+    flags = (old != new).any(axis=1)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
     for begin, end in edges.reshape(-1, 2).tolist():
-        yield begin * BLOCK, end * BLOCK
+        for first in range(begin * BLOCK, end * BLOCK, FRAME_PAYLOAD):
+            yield first, min(first + FRAME_PAYLOAD, end * BLOCK)
     if bytes(one[whole:]) != bytes(other[whole:]):
         yield whole, len(one)

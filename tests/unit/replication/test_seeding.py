@@ -94,6 +94,7 @@ class World:
                 at = self.random.randrange(len(data) - 9000) // 512 * 512
                 data[at : at + 512] = self.random.randbytes(512)
             data[128 * KIB : 192 * KIB] = bytes(64 * KIB)
+            data[300 * KIB : 700 * KIB] = self.random.randbytes(400 * KIB)
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_what_differs_from_the_store_alone_is_written_and_history_stays(world):
     world.scribble()
     after = {number: bytes(data) for number, data in world.disks.items()}
     told = world.put(0, 2, epoch=NEXT, number=77)
-    assert 0 < told.differing <= 2 * (5 * 8 + 64) * KIB
+    assert 0 < told.differing <= 2 * (5 * 8 + 64 + 404) * KIB
     assert told.done == told.total == sum(disk.size for disk in DISKS)
     assert world.content(77) == after
     assert world.content(41) == before
@@ -186,3 +187,8 @@ def test_unlike_finds_blocks_and_the_odd_end():
     other = bytearray(one)
     other[0] = other[4096] = other[8999] = 1
     assert list(unlike(one, bytes(other))) == [(0, 8192), (8192, 9000)]
+
+
+def test_a_run_is_no_longer_than_a_frame():
+    found = list(unlike(bytearray(200 * KIB), b"x" * 200 * KIB))
+    assert found == [(0, 64 * KIB), (64 * KIB, 128 * KIB), (128 * KIB, 192 * KIB), (192 * KIB, 200 * KIB)]
