@@ -270,7 +270,8 @@ class Appliance:
         del progress
         name = str(params.get("group"))
         if self._roles.of(name) == SOURCE:
-            return self._source.status(name) | {"handover": self._handovers.told(name)}
+            more = {"handover": self._handovers.told(name), "failback": self._failbacks.told(name)}
+            return self._source.status(name) | more
         return self._stores.status(name) | {"failback": self._failbacks.told(name)}
 
 

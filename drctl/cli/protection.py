@@ -19,7 +19,8 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
     return {
         "group": group,
         "phase": _get(source, "phase"),
-        "reason": UNPROTECTED if failed_over else _half_done(group, source) or _get(source, "reason") or "",
+        "reason": _half_back(group, source, recovery)
+        or (UNPROTECTED if failed_over else _half_done(group, source) or _get(source, "reason") or ""),
         "generation": max((int(side.get("generation") or 0) for side in (source, recovery) if side), default=0) or None,
         # What runs at the recovery site since a failover is replicated nowhere: the old checkpoints are no RPO of it.
         "rpo_seconds": newest["age_seconds"] if newest and not failed_over else None,
@@ -38,6 +39,7 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "strays": _get(source, "strays"),
         "recovery_mode": _get(recovery, "mode"),
         "recoveries": _get(recovery, "recoveries") or [],
+        "failback": _part(recovery, "failback", ("phase", "checkpoint", "kept_until", "leftovers")),
         "told_source": _told_source(recovery),
     }
 
@@ -50,6 +52,16 @@ def _half_done(group: str, source: Status | None) -> str:
     if phase == "taking-back":
         return "it is being taken back by its source"
     return f"a switchover is half done ({phase}): drctl switchover {group} goes on, drctl rollback {group} goes back"
+
+
+def _half_back(group: str, source: Status | None, recovery: Status | None) -> str:
+    """A failback that has begun where the group comes back to, and not where it reigns."""
+    begun = _get(recovery, "failback", "phase")
+    sealing = "sealing" in (begun, _get(source, "failback", "phase"))
+    # Nothing has come over yet, and nobody sends.
+    newest = _get(recovery, "checkpoints", "newest", "number") or 0
+    alone = source is None and begun == "open" and newest <= (_get(recovery, "failback", "checkpoint") or 0)
+    return f"a failback is half done: drctl failback {group} goes on" if sealing or alone else ""
 
 
 def _told_source(recovery: Status | None) -> dict[str, str] | None:

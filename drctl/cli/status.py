@@ -148,6 +148,7 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         ("interval", render.duration(picture["interval_seconds"])),
         ("newest", _point(newest)),
         ("oldest", _point(oldest)),
+        *_old_disks(picture["failback"] or {}),
         ("checkpoints", render.word(picture["checkpoints"])),
         ("history", f"{render.duration(history.get('seconds'))} of {render.duration(history.get('target_seconds'))}"),
         ("journal", f"{render.size(journal.get('bytes'))} of {render.size(journal.get('limit'))}"),
@@ -165,6 +166,14 @@ def _boot(picture: dict[str, Any]) -> list[tuple[str, str]]:
     if picture.get("strays"):
         lines.append(("TWO OF ONE", f"{render.word(picture['strays'])} run at the superseded source: power them off"))
     return lines
+
+
+def _old_disks(failback: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was sealed of the disks that lay at the site when the group came back to it."""
+    if not failback.get("kept_until"):
+        return []
+    until = render.moment(failback["kept_until"])
+    return [("old disks", f"checkpoint #{failback['checkpoint']}, tag:before-failback, kept until {until}")]
 
 
 def _details(context: Context, picture: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from drctl.cli.protection import merge
 from drctl.errors import ApplianceUnreachable, NotFound, OutOfSpace
 from tests.cli.appliance import NOW, checkpoint
 
@@ -205,3 +206,25 @@ def test_apply_leaves_a_group_turned_around_as_it_is(sites) -> None:
     assert result.code == 0
     sent = {change["role"]: change["host"] for change in result.json["changes"]}
     assert sent == {"source": "b1", "recovery": "a1"}
+
+
+@pytest.mark.parametrize(
+    ("source", "recovery", "half"),
+    [
+        ({"failback": {"phase": "sealing"}}, {"mode": "failed-over"}, True),
+        (None, {"mode": "journal", "failback": {"phase": "open", "checkpoint": 13}}, True),
+        (None, {"failback": {"phase": "open", "checkpoint": 13}, "checkpoints": {"newest": {"number": 13}}}, True),
+        # The site that reigned is lost again: what has come over since tells that it was whole.
+        (None, {"failback": {"phase": "open", "checkpoint": 13}, "checkpoints": {"newest": {"number": 14}}}, False),
+        ({"phase": "live"}, {"failback": {"phase": "open", "checkpoint": 13}}, False),
+        ({"failback": {"phase": "open"}}, {"mode": "journal"}, False),
+    ],
+)
+def test_one_that_is_half_done_is_told(source, recovery, half) -> None:
+    assert ("half done" in merge("web", source, recovery, NOW)["reason"]) is half
+
+
+def test_the_status_tells_of_the_old_disks(sites) -> None:
+    sites.protect({"generation": 3}, None)
+    result = sites.world("status", "web")
+    assert "checkpoint #13, tag:before-failback, kept until" in result.out
