@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -99,6 +100,42 @@ class Sites:
         self.faults.await_(
             lambda: self.call(name, "group.status", role="source")["phase"] == "failed-over", f"{name} knows", 60
         )
+
+    def victims(self):
+        """Processes that a failback from beta to alpha goes through, as far as they are there: (name, pid)."""
+        state = layout.load(self.rig.directory)
+        found = [(f"{name}/appliance", state.process(f"{name}/appliance")) for name in ("alpha", "beta")]
+        pids = [(name, known.pid) for name, known in found if known is not None and process.alive(known)]
+        for name, child in (("beta", f"shipper-{GROUP}"), ("alpha", "receiver"), ("beta", f"tap-{GROUP}")):
+            with suppress(OSError, ValueError, KeyError):
+                path = self.place(name).appliance_run / "pids" / f"{child}.json"
+                pids.append((f"{name}/{child}", json.loads(path.read_text())["pid"]))
+        return pids
+
+    def battered_failback(self, kills, seed):
+        """The command, given again and again, while it and all that works for it are killed at random moments."""
+        dice, done, killed = random.Random(seed), False, []
+        end = time.monotonic() + 600
+        while not done or len(killed) < kills:
+            assert time.monotonic() < end, f"not live after {killed}"
+            with subprocess.Popen(
+                self.command("failback", GROUP, "--yes", "--wait"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            ) as running:
+                try:
+                    running.communicate(timeout=dice.uniform(0.3, 3.0))
+                    done = running.returncode == 0
+                except subprocess.TimeoutExpired:
+                    done = False
+                name, pid = dice.choice([*self.victims(), ("command", running.pid)])
+                if len(killed) < kills:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    killed.append(name)
+                elif not done:
+                    done = running.wait(300) == 0
+                running.kill()
+            self.faults.up()
+        return killed
 
     def home(self, source, target):
         """A switchover, judged: the last thing that any guest was told is at the other site."""
@@ -220,11 +257,15 @@ def test_home_without_loss_and_protected_again(sites):
     sites.write_more("alpha")
 
 
-def test_once_more_around(sites):
+def test_once_more_around_and_everything_is_killed_meanwhile(sites):
     sites.lose("alpha")
     sites.take_over("beta")
     sites.comes_back("alpha")
-    assert sites.json("failback", GROUP, "--yes", "--wait")["live"]
+    killed = sites.battered_failback(20, 5)
+    sys.stderr.write(f"  killed: {', '.join(killed)}\n")
+    newest = sites.call("alpha", "checkpoint.list")[-1]["number"]
+    verdict = sites.judge("alpha", newest)
+    assert verdict.true_prefix, str(verdict)
     sites.home("beta", "alpha")
     assert sites.json("failback", GROUP, "--yes", "--wait")["live"]
     assert sites.call("alpha", "group.status")["generation"] == 9
