@@ -68,7 +68,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "uri": config.uri,
         "versions": {"hypervisor": version, "python": platform.python_version()},
         # What plans ask of a recovery site (plan/inventory.py, Ability).
-        "capabilities": {"labels": labels(), "guest-agent": True, "console": True},
+        "capabilities": {"labels": labels(), "guest-agent": True, "console": True, "overrides": True},
         "space": space,
         "memory": _memory(),
         "certificate": _certificate(home),

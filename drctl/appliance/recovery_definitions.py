@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drctl.appliance.recovery_ports import Recoverable, Rewritten, Views
-from drctl.appliance.recovery_state import RecoveredDisk, RecoveredMachine, RecoveryRecord
+from drctl.appliance.recovery_state import MachineChange, RecoveredDisk, RecoveredMachine, RecoveryRecord
 from drctl.errors import NotFound
 from drctl.hypervisor import domain_xml, recovery_xml
 
@@ -25,13 +25,17 @@ class LibvirtDefinitions:
         if found is None:
             raise NotFound("machine", machine.name, known=[each.name for each in source.machines])
         spec = source.spec
+        change = recovery.changes.get(machine.name, MachineChange())
         wanted = recovery_xml.Recovery(
             overlays={disk.target: self._overlay(recovery, disk) for disk in machine.disks},
             name=machine.recovery_name,
             uuid=machine.uuid,
-            networks=dict(spec.test_networks if recovery.test else spec.networks),
+            networks={**dict(spec.test_networks if recovery.test else spec.networks), **change.networks},
             isolated=recovery.test,
             paths=_paths(recovery, machine, found.definition),
+            memory=change.memory,
+            vcpus=change.vcpus,
+            new_macs=change.new_macs,
         )
         rewritten = recovery_xml.rewrite(found.definition, wanted)
         return Rewritten(rewritten.definition, rewritten.notes)

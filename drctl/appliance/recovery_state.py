@@ -100,6 +100,17 @@ class RecoveredMachine:
 
 
 @dataclass(slots=True)
+class MachineChange:
+    """What a plan wants of one machine otherwise than its definition and its group have it. Memory in bytes; 0, False
+    and no networks: as they are. `networks` take precedence over the group's, network by network."""
+
+    memory: int = 0
+    vcpus: int = 0
+    new_macs: bool = False
+    networks: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Auto:
     """What the appliance does by itself at `due` (wall seconds), unless `cancelled` says why not."""
 
@@ -115,7 +126,7 @@ class RecoveryRecord:
 
     `generation` is the one that it reigns with, 0 for a test; `given_back` the one that a rollback left behind. `boot`
     is the host's boot when its machines were started: another one means that the host has restarted since. `label` is
-    whatever the one who ordered a test knows it by again."""
+    whatever the one who ordered a test knows it by again; `changes` by machine what was ordered for one alone."""
 
     id: str
     kind: RecoveryKind
@@ -134,6 +145,7 @@ class RecoveryRecord:
     boot: str = ""
     label: str = ""
     scratch_limit: int = 0
+    changes: dict[str, MachineChange] = field(default_factory=dict)
     view_restarts: int = 0
     times: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT

@@ -7,14 +7,22 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from drctl.appliance.recovery_guard import Background, Guard
 from drctl.appliance.recovery_ports import Progress, Recoverable, Tools
-from drctl.appliance.recovery_state import MachinePhase, RecoveryFiles, RecoveryKind, RecoveryRecord
+from drctl.appliance.recovery_state import (
+    MachineChange,
+    MachinePhase,
+    RecoveryFiles,
+    RecoveryKind,
+    RecoveryRecord,
+)
 from drctl.appliance.recovery_steps import PARALLEL, Steps, plan_machine
 from drctl.errors import DrctlError, Interrupted, Locked, NotFound, Refused
 from drctl.model.checkpoint import Checkpoint
@@ -147,6 +155,7 @@ class Works:
             times={"ordered": self.tools.clock.time()},
         )
         record.choose(chosen)
+        record.changes = _changes(params, known)
         record.machines = [plan_machine(self.tools, record, known[name]) for name in wanted]
         return record
 
@@ -189,3 +198,15 @@ class Works:
                 log.warning("%s: %s", work.record.id, exc.message)
 
         self.background(f"{name}-{work.record.id}", run)
+
+
+def _changes(params: dict[str, Any], known: Collection[str]) -> dict[str, MachineChange]:
+    """What `changes` of an order says, by machine. Raises NotFound, Refused."""
+    try:
+        changes = msgspec.convert(params.get("changes") or {}, dict[str, MachineChange], strict=True)
+    except msgspec.ValidationError as exc:
+        raise Refused(f"changes: {exc}") from exc
+    for name in changes:
+        if name not in known:
+            raise NotFound("machine", name, known=sorted(known))
+    return changes

@@ -16,7 +16,7 @@ from drctl.cli.context import Context
 from drctl.cli.failover import Forecast
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
 from drctl.cli.leased import lease
-from drctl.cli.plan_site import ASK_TIMEOUT, GroupSite, recovered_facts
+from drctl.cli.plan_site import ASK_TIMEOUT, GroupSite, changes_of, recovered_facts
 from drctl.errors import DrctlError, StepFailed
 from drctl.model.site import Host
 from drctl.plan.inventory import Ending
@@ -182,7 +182,9 @@ class SwitchoverSite(MoveSite):
         context, group = self.context_of(order.group), order.group
         source = side(context, group, "source")
         limits = {"on_timeout": self.options.on_timeout.value, "shutdown_seconds": self.options.shutdown_seconds}
-        result, final = switchover.carry_out(context, source, self.host(group), group, limits | {"auto": _auto(order)})
+        result, final = switchover.carry_out(
+            context, source, self.host(group), group, limits | {"auto": _auto(order), "changes": changes_of(order)}
+        )
         return result, {"loss_seconds": 0.0, "final": final.get("number")}
 
 
@@ -206,7 +208,7 @@ class FailoverSite(MoveSite):
         forecast = self._forecast(group, self.chosen.get(group) or order.checkpoint, take_inventory(self._context))
         forecast.check(reason)
         fenced = forecast.fence(reason)
-        result = forecast.boot({"auto": _auto(order), **fenced})
+        result = forecast.boot({"auto": _auto(order), "changes": changes_of(order), **fenced})
         told = {"loss_seconds": forecast.plan.get("loss_seconds"), "source": forecast.seen["words"], **fenced}
         return result, {key: value for key, value in told.items() if value != ""}
 

@@ -15,6 +15,7 @@ from drctl.cli.recovery import RUN_TIMEOUT
 from drctl.errors import DrctlError, PreconditionFailed, StepFailed
 from drctl.model.site import Host
 from drctl.plan.inventory import Ending
+from drctl.plan.plan import Mac
 from drctl.plan.step import MachineOrder, Recovery
 
 #: Between two looks at a machine that does not run yet.
@@ -94,6 +95,20 @@ def recovered_facts(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def changes_of(order: Recovery) -> dict[str, dict[str, Any]]:
+    """By machine what the plan wants of it alone, as appliances take it."""
+    return {
+        machine.name: {
+            "memory": machine.memory,
+            "vcpus": machine.vcpus,
+            "new_macs": machine.mac is Mac.NEW,
+            "networks": dict(machine.networks),
+        }
+        for machine in order.machines
+        if machine.changed and machine.boot
+    }
+
+
 class DrillSite(GroupSite):
     """Mode test, by `test.start` and `test.stop`. Its tests carry the run's name as their label, so that they are known
     again. Invariant: stops no test that this run did not start."""
@@ -118,6 +133,7 @@ class DrillSite(GroupSite):
             checkpoint=order.checkpoint,
             machines=[] if everything else wanted,
             label=self._run,
+            changes=changes_of(order),
             timeout=RUN_TIMEOUT,
         )
         self._tests[group] = str(result["id"])

@@ -109,7 +109,8 @@ def carry_out(
         on_progress=recovery.narrator(context, _STEPS),
         timeout=recovery.RUN_TIMEOUT,
     )
-    return _boot(context, target, handed, order["auto"]), handed["final"]
+    booted = _boot(context, target, handed, {"auto": order["auto"], "changes": order.get("changes") or {}})
+    return booted, handed["final"]
 
 
 def _say_ways(context: Context, result: dict[str, Any], final: dict[str, Any]) -> None:
@@ -159,7 +160,7 @@ def steps_of(plan: dict[str, Any], source: Host, target: Host) -> list[str]:
     return [*first, f"boot {', '.join(names)} at {target.site}/{target.name}, generation {generation}", *networks]
 
 
-def _boot(context: Context, target: Host, handed: dict[str, Any], order: dict[str, Any] | None) -> dict[str, Any]:
+def _boot(context: Context, target: Host, handed: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
     """The recovery side's half. Raises StepFailed that tells both ways on."""
     group, final = str(handed["group"]), handed["final"]
     try:
@@ -172,7 +173,7 @@ def _boot(context: Context, target: Host, handed: dict[str, Any], order: dict[st
             generation=handed["generation"],
             on_progress=recovery.narrator(context),
             timeout=recovery.RUN_TIMEOUT,
-            auto=order,
+            **order,
         )
     except DrctlError as exc:
         raise StepFailed(

@@ -13,6 +13,7 @@ from typing import Final
 
 from drctl.errors import HypervisorRefused
 from drctl.hypervisor.domain_xml import attribute, parse, source_text
+from drctl.hypervisor.recovery_sizing import renew_addresses, resize_memory, resize_processors
 
 #: An interface that is cut off is a UDP socket to nobody with its link down: every QEMU has it, it needs no network and
 #: no privilege. (libvirt's `null` type would say it better; libvirt 9.0.0 dies when such a machine is started.)
@@ -47,7 +48,7 @@ class Recovery:
     `overlays` by disk target. An empty `name` or `uuid` is kept. `networks` maps networks and bridges (a destination
     `bridge:NAME` is a bridge of the host); one that is not in it keeps its name in a failover and is cut off when
     `isolated` (a test). `paths` maps path prefixes of the source site to those of this one; the longest that fits
-    wins."""
+    wins. `memory` (bytes), `vcpus` and `new_macs` change the machine itself; 0 and False: as it is defined."""
 
     overlays: Mapping[str, Overlay]
     name: str = ""
@@ -55,6 +56,9 @@ class Recovery:
     networks: Mapping[str, str] = field(default_factory=dict)
     isolated: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)
+    memory: int = 0
+    vcpus: int = 0
+    new_macs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class Rewritten:
 
 def rewrite(definition: str, recovery: Recovery) -> Rewritten:
     """The definition for this site. Raises IntegrityError (not a definition), HypervisorRefused (a disk of the
-    recovery is not in it)."""
+    recovery is not in it, or it can't be changed as it is wanted)."""
     root = parse(definition)
     notes: list[str] = []
     _identify(root, recovery, notes)
@@ -75,10 +79,20 @@ def rewrite(definition: str, recovery: Recovery) -> Rewritten:
     _rewrite_disks(devices, recovery, notes)
     for interface in devices.findall("interface"):
         _rewrite_interface(interface, recovery, notes)
+    _resize(root, devices, recovery, notes)
     _rewrite_paths(root, recovery, notes)
     _drop_host_devices(devices, recovery, notes)
     _loosen_graphics(devices)
     return Rewritten(ET.tostring(root, encoding="unicode"), tuple(notes))
+
+
+def _resize(root: ET.Element, devices: ET.Element, recovery: Recovery, notes: list[str]) -> None:
+    if recovery.memory:
+        resize_memory(root, recovery.memory, notes)
+    if recovery.vcpus:
+        resize_processors(root, recovery.vcpus, notes)
+    if recovery.new_macs:
+        renew_addresses(devices, f"{root.findtext('name')}/{root.findtext('uuid')}", notes)
 
 
 def settle(definition: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from drctl.errors import PreconditionFailed
 from drctl.model.move import Settlement
 from drctl.plan.inventory import Ability, Ending, GroupFacts, Inventory, Progress
-from drctl.plan.plan import Check, Manual, Mode, OnFailure, Plan, Script, Stage, Vm, When, Where
+from drctl.plan.plan import Check, Mac, Manual, Mode, OnFailure, Plan, Script, Stage, Vm, When, Where
 from drctl.plan.step import Compiled, MachineOrder, Options, Recovery, Step, StepKind, spell_id
 
 #: Opening views, writing overlays and definitions takes seconds. A switchover also ships the rest, and shuts guests
@@ -239,7 +239,9 @@ class _Builder:
         test = self._mode is Mode.TEST
         networks = dict(facts.test_networks if test else facts.networks)
         networks |= dict(vm.test_networks if test else vm.networks)
-        return MachineOrder(vm.name, vm.boot, vm.memory, vm.vcpus, vm.mac, tuple(sorted(networks.items())))
+        own = vm.test_networks if test else vm.networks
+        changed = bool(vm.memory or vm.vcpus or own or vm.mac is Mac.NEW)
+        return MachineOrder(vm.name, vm.boot, vm.memory, vm.vcpus, vm.mac, tuple(sorted(networks.items())), changed)
 
     def _vm(self, vm: Vm, begun: tuple[str, ...], place: Step) -> tuple[str, ...]:
         among = f"@{vm.group}" if len(self._plan.groups) > 1 else ""

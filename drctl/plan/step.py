@@ -31,7 +31,8 @@ class StepKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MachineOrder:
-    """A machine as it is to run at the recovery site. `memory` in bytes and `vcpus`: 0 as defined."""
+    """A machine as it is to run at the recovery site. `memory` in bytes and `vcpus`: 0 as defined. `changed`: the plan
+    wants something of it that its definition and its group don't say."""
 
     name: str
     boot: bool = True
@@ -39,6 +40,7 @@ class MachineOrder:
     vcpus: int = 0
     mac: Mac = Mac.KEEP
     networks: tuple[tuple[str, str], ...] = ()
+    changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -575,3 +575,17 @@ def test_a_guest_that_does_not_answer_fails_its_check(guests) -> None:
     result = guests("plan", "run", "web", "--mode", "test", "--yes")
     assert (result.code, "check:guest-agent: the guest agent is not connected" in result.err) == (40, True)
     assert guests.beta.tests == []
+
+
+@pytest.mark.parametrize("mode", ["test", "switchover", "failover"])
+def test_what_the_plan_wants_of_one_machine_is_ordered(plans, mode: str) -> None:
+    info = plans.beta._appliance_info({})
+    plans.beta.replies["appliance.info"] = info | {"capabilities": {"overrides": True}}
+    wanted = 'name = "db"\nmemory = "1 GiB"\nvcpus = 2\nmac = "new"\nnetworks = {lan = "dmz"}\ntest_networks = {lan = "island"}'
+    write(plans, PLAN.replace('name = "db"', wanted))
+    more = ("--source-is-down", "fire", "--confirm", "web") if mode == "failover" else ("--yes",)
+    result = plans("plan", "run", "web", "--mode", mode, *more)
+    assert result.code == 0, result.err
+    (order,) = plans.beta.called({"test": "test.start"}.get(mode, f"{mode}.run"))
+    network = "island" if mode == "test" else "dmz"
+    assert order["changes"] == {"db": {"memory": 2**30, "vcpus": 2, "new_macs": True, "networks": {"lan": network}}}

@@ -420,3 +420,14 @@ def test_old_records_of_ended_tests_are_removed(host):
     host.new_supervisor()
     host.recovery.resume()
     assert host.files.names() == []
+
+
+def test_what_is_ordered_for_one_machine_is_kept_and_used(host, tmp_path):
+    changes = {"db": {"memory": 2 * GiB, "networks": {"lan": "island"}}}
+    record = host.do("test_start", group="erp", changes=changes)
+    assert host.files.load(record["id"]).changes["db"].memory == 2 * GiB
+    with pytest.raises(NotFound):
+        host.do("test_start", group="erp", changes={"mail": {}})
+    for wrong in ({"db": {"memory": "much"}}, {"db": 7}, [1]):
+        with pytest.raises(Refused):
+            host.do("test_start", group="erp", changes=wrong)
