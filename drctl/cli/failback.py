@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, Format, GroupName, Output, Timeout, Yes, begin, examples, noun
 from drctl.cli.replicate import CALL_TIMEOUT, Wait, wait_until_live
 from drctl.cli.seeds import SEED_TIMEOUT, way
+from drctl.cli.switchover import OnShutdownTimeout, ShutdownTimeout
 from drctl.errors import NotFound, PreconditionFailed, WrongPhase
+from drctl.model.move import OnTimeout
 from drctl.model.site import Host
 
 app = noun("Replicate a group back to the site that it came from.")
@@ -26,7 +28,12 @@ KEEP_DAYS = 30
 
 
 @app.command(
-    epilog=examples("drctl failback web --dry-run", "drctl failback web", "drctl failback web --yes --wait -o json")
+    epilog=examples(
+        "drctl failback web --dry-run",
+        "drctl failback web --yes --wait -o json",
+        "drctl failback web --go-home",
+        "drctl failback web --go-home --shutdown-timeout 10m --on-shutdown-timeout suspend --yes",
+    )
 )
 def failback(
     ctx: typer.Context,
@@ -35,6 +42,11 @@ def failback(
     timeout: Timeout = None,
     dry_run: DryRun = False,
     yes: Yes = False,
+    home: Annotated[
+        bool, typer.Option("--go-home", help="All the way: then switch over, commit, and protect it from home again.")
+    ] = False,
+    shutdown_timeout: ShutdownTimeout = "3m",  # type: ignore[assignment]  # the parser makes seconds of it
+    on_shutdown_timeout: OnShutdownTimeout = OnTimeout.ABORT,
     output: Output = Format.TEXT,
 ) -> int:
     """Protect a group that runs at the other site since a failover or switchover, back to the site that it came from.
@@ -46,9 +58,15 @@ def failback(
     definitions are kept. The failover has to be committed before.
 
     When it is live: drctl switchover brings the group home without loss, drctl commit makes that final, and the same
-    command again protects it in the first direction. Given again after a break, it goes on. Exits with 3 when the time
-    is over and the group is not live."""
+    command again protects it in the first direction. With --go-home all of that is done in one go; home is the source in
+    the group's file. Given again after a break, it goes on. Exits with 3 when the time is over and the group is not
+    live."""
     context = begin(ctx, output)
+    if home:
+        from drctl.cli.failback_home import bring_home  # it is made of this command
+
+        limits = {"on_timeout": on_shutdown_timeout.value, "shutdown_seconds": shutdown_timeout}
+        return bring_home(context, group, limits, dry_run=dry_run, yes=yes)
     inventory = take_inventory(context)
     plan = look(context, inventory, group)
     if plan.protected:
@@ -197,7 +215,7 @@ def _way(disk: dict[str, Any]) -> str:
 
 def look(context: Context, inventory: Inventory, group: str) -> Plan:
     """Ask both sites. Raises WrongPhase for a group that runs where it always did, ApplianceUnreachable, NotFound."""
-    place = _reigning(inventory, group)
+    place = reigning(inventory, group)
     if place is None:
         side(context, group, "recovery", inventory)  # who is silent, or that nobody knows it
         raise WrongPhase(
@@ -236,7 +254,7 @@ def _home(context: Context, inventory: Inventory, group: str, spec: dict[str, An
     return found
 
 
-def _reigning(inventory: Inventory, group: str) -> Place | None:
+def reigning(inventory: Inventory, group: str) -> Place | None:
     """Where the group runs, by the highest generation: a recovery site that it was failed over to, or its source."""
     found = [place for place in inventory.places if place.group == group]
     reigning = [place for place in found if (place.state == "failed-over") is (place.role == "recovery")]
@@ -252,7 +270,7 @@ def _finish(context: Context, plan: Plan, sealed: dict[str, Any], wait: bool | N
     if wait:
         with screen.bar(group) as update:
             live = wait_until_live(
-                context, group, timeout, lambda now: _follow(update, now, sync), after=sealed.get("checkpoint") or 0
+                context, group, timeout, lambda now: follow(update, now, sync), after=sealed.get("checkpoint") or 0
             )
         if live is None:
             screen.say(f"{group} is not live after {render.duration(timeout)}; it goes on: drctl status {group}")
@@ -278,7 +296,7 @@ def _finish(context: Context, plan: Plan, sealed: dict[str, Any], wait: bool | N
     return 3 if wait and live is None else 0
 
 
-def _follow(update: render.Update, picture: dict[str, Any], newest: dict[str, Any]) -> None:
+def follow(update: render.Update, picture: dict[str, Any], newest: dict[str, Any]) -> None:
     sync = picture["sync"] or {}
     total, done = sync.get("total_bytes"), sync.get("done_bytes") or 0
     if not total:

@@ -240,6 +240,14 @@ def test_back_to_alpha_by_what_differs(sites, tail):
     assert "already" in sites.drctl("failback", GROUP, "--yes")[1]
 
 
+def test_what_was_sealed_can_be_booted(sites):
+    started = sites.json("test", "start", GROUP, "--checkpoint", "tag:before-failback", "--yes")["recovery"]
+    assert started["state"] == "running"
+    assert len(sites.rig.virsh("alpha", "list", "--name").split()) == 2
+    sites.drctl("test", "stop", started["id"], "--yes")
+    assert sites.rig.virsh("alpha", "list", "--all", "--name").split() == []
+
+
 def test_home_without_loss_and_protected_again(sites):
     sites.home("beta", "alpha")
     document = sites.json("failback", GROUP, "--yes", "--wait")
@@ -266,9 +274,17 @@ def test_once_more_around_and_everything_is_killed_meanwhile(sites):
     newest = sites.call("alpha", "checkpoint.list")[-1]["number"]
     verdict = sites.judge("alpha", newest)
     assert verdict.true_prefix, str(verdict)
-    sites.home("beta", "alpha")
-    assert sites.json("failback", GROUP, "--yes", "--wait")["live"]
+    begun = time.time_ns()
+    assert sites.json("failback", GROUP, "--go-home", *SUSPEND, "--yes")["home"] == "alpha"
+    moment = time.time_ns()
     assert sites.call("alpha", "group.status")["generation"] == 9
+    with sites.store("alpha") as store:
+        final = [one.number for one in store.checkpoints() if one.kind == "final"][-1]
+    verdict = sites.judge("alpha", final)
+    assert verdict.true_prefix, str(verdict)
+    for guest, lost in loss(verdict, sites.rig.observer.logs("beta"), moment).items():
+        assert set(lost.missing) == {0}, f"{guest} lost {lost}"
+    sites.boot("alpha", begun)
     listed = sites.call("beta", "checkpoint.list")
     verdict = sites.judge("beta", listed[-1]["number"])
     assert verdict.true_prefix, str(verdict)
