@@ -173,6 +173,7 @@ class Appliance:
             "test.start": recovery.test_start,
             "test.list": recovery.test_list,
             "test.stop": recovery.test_stop,
+            "recovery.boot": recovery.boot,
             "recovery.agent": recovery.guests.agent,
             "recovery.console": recovery.guests.console,
             "failover.plan": recovery.reigns.plan,

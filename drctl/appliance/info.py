@@ -23,6 +23,8 @@ from drctl.replication.identity import certificate_expiry
 #: One that `drctl certificate renew` by cron would have renewed long before.
 CERTIFICATE_DAYS = 30
 _CERTIFICATE = CertificateRejected.slug
+#: What plans ask of a recovery site (plan/inventory.py, Ability).
+ABILITIES = ("guest-agent", "console", "overrides", "staged-boot")
 #: A shipper that is rejected tries again each few seconds; what is older may be mended.
 _LATELY_NS = 30 * 10**9
 _RECEIVER_SECONDS = 1.0
@@ -67,8 +69,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "wall_ns": time.time_ns(),
         "uri": config.uri,
         "versions": {"hypervisor": version, "python": platform.python_version()},
-        # What plans ask of a recovery site (plan/inventory.py, Ability).
-        "capabilities": {"labels": labels(), "guest-agent": True, "console": True, "overrides": True},
+        "capabilities": {"labels": labels(), **dict.fromkeys(ABILITIES, True)},
         "space": space,
         "memory": _memory(),
         "certificate": _certificate(home),

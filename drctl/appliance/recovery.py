@@ -77,6 +77,10 @@ class Recovery:
                 raise
         return self._works.told(record)
 
+    def boot(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Switch on machines of a test, failover or switchover that were held back, see Works.boot_machines."""
+        return self._works.boot_machines(params, progress)
+
     def test_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
         """The live tests, and those that have ended for a reason of their own."""
         del progress

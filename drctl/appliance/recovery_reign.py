@@ -70,9 +70,12 @@ class Reigns:
         if work.record.phase is RecoveryPhase.ROLLING_BACK:
             group = work.record.group
             raise WrongPhase(f"{group} is being rolled back", hint=f"drctl rollback {group} goes on with it")
-        if work.record.phase is RecoveryPhase.RUNNING and not work.record.failed():
+        staged = bool(params.get("staged"))
+        if work.record.phase is RecoveryPhase.RUNNING and not work.record.failed() and (staged or not work.record.held):
             return self._works.told(work.record)
         with self._works.holding(work):
+            if not staged:
+                work.record.held = []
             work.steps.save()
             self._works.start(work, progress)
         return self._works.told(work.record)

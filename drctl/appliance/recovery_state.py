@@ -126,7 +126,8 @@ class RecoveryRecord:
 
     `generation` is the one that it reigns with, 0 for a test; `given_back` the one that a rollback left behind. `boot`
     is the host's boot when its machines were started: another one means that the host has restarted since. `label` is
-    whatever the one who ordered a test knows it by again; `changes` by machine what was ordered for one alone."""
+    whatever the one who ordered a test knows it by again; `changes` by machine what was ordered for one alone;
+    `held` are machines that are ready and off until they are told to boot."""
 
     id: str
     kind: RecoveryKind
@@ -146,6 +147,7 @@ class RecoveryRecord:
     label: str = ""
     scratch_limit: int = 0
     changes: dict[str, MachineChange] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
     view_restarts: int = 0
     times: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
@@ -180,8 +182,10 @@ class RecoveryRecord:
         return 40 if failed == len(self.machines) else 3
 
     def state(self) -> str:
-        """One word for the operator: `starting`, `running`, `partly`, `failed`, `committing`, `committed`,
+        """One word for the operator: `starting`, `staged`, `running`, `partly`, `failed`, `committing`, `committed`,
         `rolling-back`, `rolled-back`, `stopping`, `stopped`."""
+        if self.phase is RecoveryPhase.RUNNING and self.held and len(self.failed()) < len(self.machines):
+            return "staged"
         if self.phase is RecoveryPhase.RUNNING:
             return {0: "running", 3: "partly", 40: "failed"}[self.exit_code()]
         return "stopped" if self.phase is RecoveryPhase.ENDED else self.phase.value

@@ -6,7 +6,7 @@ Order, and why: the record first (so that nothing is ever done that no file know
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,13 +45,18 @@ class Steps:
         with self._lock:
             self._files.save(self.recovery)
 
-    def start(self, *, parallel: int = PARALLEL) -> None:
-        """From a written record to running machines. Raises the error of a step that concerns them all."""
+    def start(self, *, parallel: int = PARALLEL, only: Collection[str] | None = None) -> None:
+        """From a written record to running machines, but those that are held: they are made ready. `only` these, if
+        some are named. Raises the error of a step that concerns them all."""
         source = self._choose()
         recovery, tools = self.recovery, self._tools
         self._step("pin", lambda: tools.stores.pin(recovery.group, recovery.id, recovery.checkpoint, recovery.epoch))
         self._step("view", lambda: tools.views.ensure(recovery))
-        waiting = [m for m in recovery.machines if m.phase is not MachinePhase.RUNNING]
+        ready = MachinePhase.OVERLAY if recovery.test else MachinePhase.DEFINED
+        held = [m for m in recovery.machines if m.name in recovery.held and m.phase is not ready]
+        self._each(held if only is None else [], lambda machine: self._make_ready(machine, source), parallel)
+        waiting = [m for m in recovery.machines if m.name not in recovery.held and m.phase is not MachinePhase.RUNNING]
+        waiting = [m for m in waiting if only is None or m.name in only]
         self._each(waiting, lambda machine: self._bring_up(machine, source), parallel)
         self.recovery.phase = RecoveryPhase.RUNNING
         self.recovery.times["machines"] = self._tools.clock.time()
@@ -97,10 +102,25 @@ class Steps:
 
     def _bring_up(self, machine: RecoveredMachine, source: Recoverable) -> None:
         """One machine, or its reason why not: the others go on."""
+        self._attempt(machine, lambda: self._boot(machine, source))
+
+    def _make_ready(self, machine: RecoveredMachine, source: Recoverable) -> None:
+        """All but its start, or its reason why not. A test's machine is transient: the host can't know it yet."""
+        self._attempt(machine, lambda: self._lay(machine, source))
+
+    def _boot(self, machine: RecoveredMachine, source: Recoverable) -> None:
+        self._overlays(machine)
+        self._domain(machine, source)
+        self._wait(machine)
+
+    def _lay(self, machine: RecoveredMachine, source: Recoverable) -> None:
+        self._overlays(machine)
+        if not self.recovery.test:
+            self._define(machine, source)
+
+    def _attempt(self, machine: RecoveredMachine, act: Callable[[], None]) -> None:
         try:
-            self._overlays(machine)
-            self._domain(machine, source)
-            self._wait(machine)
+            act()
         except Interrupted:
             raise
         except DrctlError as exc:
@@ -125,23 +145,33 @@ class Steps:
         self._reached(machine, MachinePhase.OVERLAY)
 
     def _domain(self, machine: RecoveredMachine, source: Recoverable) -> None:
-        """Make the host know and run the machine; a machine of that name which is not ours is left alone."""
+        """Make the host know and run the machine."""
         tools, name = self._tools, machine.recovery_name
-        known = is_ours(tools, machine)
-        if known is False:
-            raise StepFailed(f"the host has a machine named {name} already, with disks of its own")
-        rewritten = tools.definitions.rewrite(self.recovery, machine, source)
-        machine.notes = list(rewritten.notes)
         if self.recovery.test:
-            if known is None:
-                tools.hypervisor.create(rewritten.definition)
+            definition, known = self._definition(machine, source)
+            if not known:
+                tools.hypervisor.create(definition)
         else:
-            if known is None:
-                tools.hypervisor.define(rewritten.definition)
-            self._reached(machine, MachinePhase.DEFINED)
+            self._define(machine, source)
             if tools.hypervisor.state(name) not in UP:
                 tools.hypervisor.start(name)
         self._reached(machine, MachinePhase.STARTED)
+
+    def _define(self, machine: RecoveredMachine, source: Recoverable) -> None:
+        definition, known = self._definition(machine, source)
+        if not known:
+            self._tools.hypervisor.define(definition)
+        self._reached(machine, MachinePhase.DEFINED)
+
+    def _definition(self, machine: RecoveredMachine, source: Recoverable) -> tuple[str, bool]:
+        """The definition for this host, and whether the host has it. Raises StepFailed: a machine of that name which
+        is not ours is left alone."""
+        known = is_ours(self._tools, machine)
+        if known is False:
+            raise StepFailed(f"the host has a machine named {machine.recovery_name} already, with disks of its own")
+        rewritten = self._tools.definitions.rewrite(self.recovery, machine, source)
+        machine.notes = list(rewritten.notes)
+        return rewritten.definition, known is True
 
     def _wait(self, machine: RecoveredMachine) -> None:
         tools = self._tools

@@ -21,11 +21,15 @@ from drctl.appliance.recovery_state import (
     MachinePhase,
     RecoveryFiles,
     RecoveryKind,
+    RecoveryPhase,
     RecoveryRecord,
 )
 from drctl.appliance.recovery_steps import PARALLEL, Steps, plan_machine
-from drctl.errors import DrctlError, Interrupted, Locked, NotFound, Refused
+from drctl.errors import DrctlError, Interrupted, Locked, NotFound, Refused, WrongPhase
 from drctl.model.checkpoint import Checkpoint
+
+#: How long machines that are to boot wait for those that are booting.
+BOOT_WAIT_SECONDS = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ class Work:
     guard: Guard
     lock: threading.Lock = field(default_factory=threading.Lock)
     ending: bool = False
+    #: Machines that were told to boot and that nobody has begun to bring up yet.
+    wanted: set[str] = field(default_factory=set)
     #: When what the appliance does by itself may be tried again after it failed; monotonic seconds.
     retry_at: float = 0.0
 
@@ -157,6 +163,7 @@ class Works:
         record.choose(chosen)
         record.changes = _changes(params, known)
         record.machines = [plan_machine(self.tools, record, known[name]) for name in wanted]
+        record.held = list(wanted) if params.get("staged") else []
         return record
 
     # -- working on one -----------------------------------------------------------------------------------------------
@@ -175,6 +182,45 @@ class Works:
         work.record.boot = self.boot
         work.steps.progress = progress
         work.steps.start(parallel=self._parallel)
+
+    def boot_machines(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Switch on machines of a live recovery that are held; those that run are left alone.
+
+        Waits for others who do the same: all that were told to boot meanwhile come up together. Raises NotFound,
+        WrongPhase, Locked."""
+        work = self.get(str(params["recovery"]))
+        if work is None:
+            raise NotFound("recovery", str(params["recovery"]), hint="see: drctl status")
+        names = [str(name) for name in params.get("machines") or []]
+        known = [machine.name for machine in work.record.machines]
+        for name in names:
+            if name not in known:
+                raise NotFound("machine", name, known=known)
+        with self._lock:
+            work.wanted |= set(names)
+        if not work.lock.acquire(timeout=BOOT_WAIT_SECONDS):
+            raise Locked(f"{work.record.group}: another operation works on {work.record.id}", hint="see: drctl status")
+        try:
+            self._boot_wanted(work, progress)
+        finally:
+            work.lock.release()
+        return self.told(work.record)
+
+    def _boot_wanted(self, work: Work, progress: Progress) -> None:
+        """The lock is held. A record that says `starting` is gone on with by a later supervisor."""
+        record = work.record
+        if record.phase not in (RecoveryPhase.STARTING, RecoveryPhase.RUNNING):
+            raise WrongPhase(f"{record.id} is {record.state()}: nothing of it is booted any more")
+        with self._lock:
+            wanted, work.wanted = work.wanted, set()
+        up = {machine.name for machine in record.machines if machine.phase is MachinePhase.RUNNING}
+        if not wanted - up:
+            return
+        record.held = [name for name in record.held if name not in wanted]
+        record.phase = RecoveryPhase.STARTING
+        work.steps.save()
+        work.steps.progress = progress
+        work.steps.start(parallel=self._parallel, only=wanted)
 
     def restart(self, work: Work) -> None:
         """Go on with a start; after the host's restart its machines are all to be started again."""

@@ -16,7 +16,7 @@ from drctl.cli.context import Context
 from drctl.cli.failover import Forecast
 from drctl.cli.inventory import READ_TIMEOUT, Inventory, side, take_inventory
 from drctl.cli.leased import lease
-from drctl.cli.plan_site import ASK_TIMEOUT, GroupSite, changes_of, recovered_facts
+from drctl.cli.plan_site import ASK_TIMEOUT, GroupSite, changes_of, machine_of, recovered_facts
 from drctl.errors import DrctlError, StepFailed
 from drctl.model.site import Host
 from drctl.plan.inventory import Ending
@@ -132,14 +132,14 @@ class MoveSite(GroupSite):
             return {"state": f"unknown: {exc.message}"}
         if found is None:
             return {"state": "failed", "reason": f"{group} is not at its recovery site any more"}
-        machines: list[dict[str, Any]] = found.get("machines") or []
-        machine = next((one for one in machines if one["name"] == name), None)
-        return machine or {"state": "failed", "reason": f"{name} is not in {found['kind']} {found['id']}"}
+        lacking = {"state": "failed", "reason": f"{name} is not in {found['kind']} {found['id']}"}
+        return machine_of(found, name) or lacking
 
-    def ask(self, group: str, method: str, **params: Any) -> Any:
+    def ask(self, group: str, method: str, *, timeout: float = ASK_TIMEOUT, **params: Any) -> Any:
         found = recovery.reigning(self._status(group))
         identity = str(found["id"]) if found else ""
-        return self._context.call(self._hosts[group], method, recovery=identity, timeout=ASK_TIMEOUT, **params)
+        context = self.context_of(group)
+        return context.call(self._hosts[group], method, recovery=identity, timeout=timeout, **params)
 
     def context_of(self, group: str) -> Context:
         """Its calls carry the group's lease."""
@@ -153,13 +153,21 @@ class MoveSite(GroupSite):
         return self._options
 
     def _standing(self, group: str) -> dict[str, Any] | None:
-        return recovery.standing(self._status(group))
+        """The group's recovery when it stands: there is nothing to be done but to boot machines that are held back."""
+        status = self._status(group)
+        found = recovery.reigning(status)
+        return found if found is not None and found.get("state") == "staged" else recovery.standing(status)
 
     def _status(self, group: str) -> dict[str, Any]:
         status: dict[str, Any] = self._context.call(
             self._hosts[group], "group.status", group=group, role="recovery", timeout=4 * READ_TIMEOUT
         )
         return status
+
+
+def _particulars(order: Recovery) -> dict[str, Any]:
+    """What the order says of machines one by one."""
+    return {"changes": changes_of(order), "staged": order.staged}
 
 
 def _auto(order: Recovery) -> dict[str, Any] | None:
@@ -183,7 +191,7 @@ class SwitchoverSite(MoveSite):
         source = side(context, group, "source")
         limits = {"on_timeout": self.options.on_timeout.value, "shutdown_seconds": self.options.shutdown_seconds}
         result, final = switchover.carry_out(
-            context, source, self.host(group), group, limits | {"auto": _auto(order), "changes": changes_of(order)}
+            context, source, self.host(group), group, limits | {"auto": _auto(order), **_particulars(order)}
         )
         return result, {"loss_seconds": 0.0, "final": final.get("number")}
 
@@ -208,7 +216,7 @@ class FailoverSite(MoveSite):
         forecast = self._forecast(group, self.chosen.get(group) or order.checkpoint, take_inventory(self._context))
         forecast.check(reason)
         fenced = forecast.fence(reason)
-        result = forecast.boot({"auto": _auto(order), "changes": changes_of(order), **fenced})
+        result = forecast.boot({"auto": _auto(order), **_particulars(order), **fenced})
         told = {"loss_seconds": forecast.plan.get("loss_seconds"), "source": forecast.seen["words"], **fenced}
         return result, {key: value for key, value in told.items() if value != ""}
 

@@ -1,6 +1,7 @@
 """The recovery sites of a plan's groups, as its run sees them: what every mode has in common, and tests.
 
-An appliance boots a group as a whole, so a machine's step waits until it runs. Used from several threads."""
+An appliance that can't boot in stages boots a group as a whole: then a machine's step waits until it runs. Used from
+several threads."""
 
 from __future__ import annotations
 
@@ -53,13 +54,16 @@ class GroupSite(ABC):
 
     @abstractmethod
     def machine(self, group: str, name: str) -> Mapping[str, Any]:
-        """A machine of the group's recovery as its appliance tells it; its `state` says where it can't. Never raises
-        DrctlError."""
+        """A machine of the group's recovery as its appliance tells it, and whether it is `held` back; its `state` says
+        where it can't be told. Never raises DrctlError."""
 
     def boot(self, group: str, order: MachineOrder, cancelled: threading.Event) -> Mapping[str, Any]:
-        """Wait until the machine runs. Raises StepFailed when it failed."""
+        """Switch it on where it is held back, and wait until it runs. Raises StepFailed when it failed."""
         while True:
             machine = self.machine(group, order.name)
+            if machine.get("held"):
+                self.ask(group, "recovery.boot", machines=[order.name], timeout=RUN_TIMEOUT)
+                machine = self.machine(group, order.name)
             state = machine.get("state")
             if state == "running":
                 return {"notes": machine["notes"]} if machine.get("notes") else {}
@@ -69,7 +73,7 @@ class GroupSite(ABC):
                 raise StepFailed(f"given up; {order.name} is {state}")
 
     @abstractmethod
-    def ask(self, group: str, method: str, **params: Any) -> Any:
+    def ask(self, group: str, method: str, *, timeout: float = ASK_TIMEOUT, **params: Any) -> Any:
         """One method of the recovery site about the group's recovery by this run. Raises DrctlError."""
 
     def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
@@ -93,6 +97,13 @@ def recovered_facts(result: Mapping[str, Any]) -> dict[str, Any]:
         "started": result.get("started"),
         "rto_seconds": result.get("rto_seconds"),
     }
+
+
+def machine_of(recovery: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """A machine of a recovery, and whether it is held back; None when it is not in it."""
+    machines: list[dict[str, Any]] = recovery.get("machines") or []
+    found = next((one for one in machines if one["name"] == name), None)
+    return None if found is None else {**found, "held": name in (recovery.get("held") or ())}
 
 
 def changes_of(order: Recovery) -> dict[str, dict[str, Any]]:
@@ -134,6 +145,7 @@ class DrillSite(GroupSite):
             machines=[] if everything else wanted,
             label=self._run,
             changes=changes_of(order),
+            staged=order.staged,
             timeout=RUN_TIMEOUT,
         )
         self._tests[group] = str(result["id"])
@@ -177,13 +189,11 @@ class DrillSite(GroupSite):
         test = next((one for one in tests if self._is_ours(group, one)), None)
         if test is None:
             return {"state": "failed", "reason": f"the test {self._tests.get(group, '')} of {group} is gone"}
-        machines: list[dict[str, Any]] = test.get("machines") or []
-        found = next((one for one in machines if one["name"] == name), None)
-        return found or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}
+        return machine_of(test, name) or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}
 
-    def ask(self, group: str, method: str, **params: Any) -> Any:
+    def ask(self, group: str, method: str, *, timeout: float = ASK_TIMEOUT, **params: Any) -> Any:
         recovery = self._tests.get(group, "")
-        return self._context.call(self._hosts[group], method, recovery=recovery, timeout=ASK_TIMEOUT, **params)
+        return self._context.call(self._hosts[group], method, recovery=recovery, timeout=timeout, **params)
 
     def _is_ours(self, group: str, test: Mapping[str, Any]) -> bool:
         """Told by its label, or, where the appliance keeps none, by the id that starting it returned."""

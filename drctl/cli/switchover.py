@@ -109,7 +109,8 @@ def carry_out(
         on_progress=recovery.narrator(context, _STEPS),
         timeout=recovery.RUN_TIMEOUT,
     )
-    booted = _boot(context, target, handed, {"auto": order["auto"], "changes": order.get("changes") or {}})
+    more: dict[str, Any] = {key: value for key, value in order.items() if key in ("changes", "staged")}
+    booted = _boot(context, target, handed, {"auto": order["auto"], **more})
     return booted, handed["final"]
 
 

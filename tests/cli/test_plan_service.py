@@ -99,3 +99,55 @@ def test_a_killed_drill_goes_on_with_the_copies_that_stand(service) -> None:
     again = service("run", "resume", result.json["run"], "--yes", "-o", "json")
     assert (again.code, again.json["verdict"]) == (0, "passed"), again.err
     assert set(service.memory.hypervisor.domains) == before, "nothing was booted twice"
+
+
+@pytest.fixture
+def staged(service):
+    """The same appliance says that it boots machine by machine."""
+    info = service.beta._appliance_info({})
+    service.beta.replies["appliance.info"] = info | {"capabilities": {"staged-boot": True}}
+    service.beta.replies["recovery.boot"] = lambda params, progress: service.recovery.boot(
+        params, progress or (lambda _: None)
+    )
+    return service
+
+
+def boots(service) -> list[str]:
+    """The copies in the order in which they were switched on."""
+    made = [line.removeprefix("create ") for line in service.memory.effects.log if line.startswith("create ")]
+    return [name.partition("-test-")[0] for name in made]
+
+
+def test_a_stage_boots_when_its_turn_has_come(staged) -> None:
+    path = staged.directory / "plans/erp.toml"
+    path.write_text(PLAN.replace("/bin/true", "./look").replace("run = [", "interval = '100ms'\nretries = 0\nrun = ["))
+    (staged.directory / "plans/look").write_text("#!/bin/sh\nexit 1\n")
+    (staged.directory / "plans/look").chmod(0o755)
+    assert drill(staged).code == 40
+    assert boots(staged) == ["db"], "the front is not switched on before the database is well"
+    (staged.directory / "plans/look").write_text("#!/bin/sh\nexit 0\n")
+    assert drill(staged).code == 0
+    assert boots(staged) == ["db", "db", "web"]
+    assert staged.memory.hypervisor.domains == {}
+
+
+def test_a_machine_that_is_left_off_is(staged) -> None:
+    path = staged.directory / "plans/erp.toml"
+    path.write_text(PLAN.replace('all_of = ["erp"]', '[[stage.vm]]\nname = "web"\nboot = false'))
+    assert drill(staged, "--keep").code == 0
+    assert boots(staged) == ["db"]
+
+
+def test_a_killed_drill_boots_what_was_not_booted(staged) -> None:
+    result = drill(staged, "--keep", "-o", "json")
+    path = staged.directory / "runs" / f"{result.json['run']}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    begun = next(number for number, line in enumerate(lines) if '"begin"' in line and "vm:web/boot" in line)
+    path.write_text("".join(lines[:begun]))
+    (record,) = [staged.recovery._works.get(name) for name in staged.recovery._files.names()]
+    web = next(machine for machine in record.record.machines if machine.name == "web")
+    staged.memory.hypervisor.destroy(web.recovery_name)
+    web.phase, record.record.held = type(web.phase).OVERLAY, ["web"]
+    again = staged("run", "resume", result.json["run"], "--yes", "-o", "json")
+    assert again.code == 0, again.err
+    assert len(staged.memory.hypervisor.domains) == 2

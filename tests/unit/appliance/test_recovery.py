@@ -431,3 +431,87 @@ def test_what_is_ordered_for_one_machine_is_kept_and_used(host, tmp_path):
     for wrong in ({"db": {"memory": "much"}}, {"db": 7}, [1]):
         with pytest.raises(Refused):
             host.do("test_start", group="erp", changes=wrong)
+
+
+def running(host):
+    return {name for name, domain in host.world.hypervisor.domains.items() if domain.state is MachineState.RUNNING}
+
+
+def test_a_staged_failover_is_ready_and_off_until_machines_are_told_to_boot(host):
+    record = host.do("failover_run", **FAILOVER, staged=True)
+    assert (record["state"], record["held"], running(host)) == ("staged", ["db", "web"], set())
+    assert set(host.world.hypervisor.domains) == {"db", "web"}, "defined"
+    assert len(host.world.images.files) == 3, "all their overlays are there"
+    booted = host.do("boot", recovery=record["id"], machines=["db"])
+    assert (booted["state"], booted["held"], running(host)) == ("staged", ["web"], {"db"})
+    assert host.do("boot", recovery=record["id"], machines=["web"])["state"] == "running"
+    count = host.world.effects.count
+    assert host.do("boot", recovery=record["id"], machines=["db", "web"])["state"] == "running"
+    assert host.world.effects.count == count, "given again, nothing happens"
+
+
+def test_a_staged_test_leaves_nothing_whenever_it_is_stopped(host):
+    record = host.do("test_start", group="erp", staged=True)
+    assert (record["state"], host.world.hypervisor.domains) == ("staged", {})
+    host.do("boot", recovery=record["id"], machines=["web"])
+    assert {name.partition("-test-")[0] for name in running(host)} == {"web"}
+    host.do("test_stop", id=record["id"])
+    assert (host.world.hypervisor.domains, host.world.images.files, host.world.stores.pins) == ({}, {}, {})
+    with pytest.raises(NotFound):
+        host.do("boot", recovery=record["id"], machines=["db"])
+
+
+def test_the_command_for_the_group_boots_all_that_is_held(host):
+    host.do("failover_run", **FAILOVER, staged=True)
+    assert host.do("failover_run", **FAILOVER, staged=True)["state"] == "staged", "the same order changes nothing"
+    assert host.do("failover_run", **FAILOVER)["state"] == "running"
+    assert running(host) == {"db", "web"}
+
+
+def test_a_machine_that_fails_is_not_tried_again_with_the_next_one(host):
+    record = host.do("failover_run", **FAILOVER, staged=True)
+    host.world.hypervisor.refuse["db"] = "no memory"
+    failed = host.do("boot", recovery=record["id"], machines=["db"])
+    assert [m["state"] for m in failed["machines"]] == ["failed", "defined"]
+    del host.world.hypervisor.refuse["db"]
+    host.do("boot", recovery=record["id"], machines=["web"])
+    assert running(host) == {"web"}
+    assert host.do("boot", recovery=record["id"], machines=["db"])["state"] == "running", "when it is named it is"
+
+
+def test_what_can_not_be_booted_is_named(host):
+    record = host.do("failover_run", **FAILOVER, staged=True)
+    with pytest.raises(NotFound):
+        host.do("boot", recovery=record["id"], machines=["mail"])
+    host.do("commit", group="erp")
+    with pytest.raises((NotFound, WrongPhase)):
+        host.do("boot", recovery=record["id"], machines=["db"])
+
+
+def test_held_machines_stay_off_over_a_restart_of_the_host(host):
+    record = host.do("failover_run", **FAILOVER, staged=True)
+    host.do("boot", recovery=record["id"], machines=["db"])
+    host.restart()
+    host.recovery.resume()
+    assert running(host) == {"db"}
+    assert host.do("boot", recovery=record["id"], machines=["web"])["state"] == "running"
+
+
+def test_a_staged_failover_is_rolled_back_whole(host):
+    record = host.do("failover_run", **FAILOVER, staged=True)
+    host.do("boot", recovery=record["id"], machines=["db"])
+    host.do("rollback", group="erp", generation=0)
+    assert host.world.hypervisor.domains == {}
+
+
+def test_a_boot_killed_at_every_step_is_finished_or_given_again(tmp_path):
+    prepare = lambda host: host.do("failover_run", **FAILOVER, staged=True)  # noqa: E731
+    params = lambda host: {"recovery": host.files.names()[0], "machines": ["db"]}  # noqa: E731
+    accepted = end_states(tmp_path, prepare, "boot", params)
+    assert kill_everywhere(tmp_path, prepare, "boot", params, accepted) > 5
+
+
+def test_a_staged_start_killed_at_every_step_is_finished_by_the_next_supervisor(tmp_path):
+    params = lambda host: {**FAILOVER, "staged": True}  # noqa: E731
+    accepted = end_states(tmp_path, _nothing, "failover_run", params)
+    assert kill_everywhere(tmp_path, _nothing, "failover_run", params, accepted) > 15
