@@ -151,3 +151,113 @@ def test_a_killed_drill_boots_what_was_not_booted(staged) -> None:
     again = staged("run", "resume", result.json["run"], "--yes", "-o", "json")
     assert again.code == 0, again.err
     assert len(staged.memory.hypervisor.domains) == 2
+
+
+DOWN = ("--source-is-down", "fire", "--confirm", "erp")
+
+
+@pytest.fixture
+def moves(staged):
+    """Its failovers, too: what reigns there is what the service says."""
+    memory, recovery = staged.memory, staged.recovery
+    reigns = {
+        "failover.plan": recovery.reigns.plan,
+        "failover.run": recovery.reigns.failover,
+        "failover.hold": recovery.reigns.cancel_auto,
+        "rollback.plan": recovery.reigns.rollback_plan,
+        "rollback": recovery.reigns.rollback,
+    }
+    for name, method in reigns.items():
+        staged.beta.replies[name] = lambda params, progress, method=method: method(params, progress or (lambda _: None))
+    points = staged.beta.checkpoints
+    staged.beta.replies["group.status"] = lambda params, progress: {
+        "group": "erp",
+        "role": "recovery",
+        "mode": "failed-over" if "erp" in memory.stores.failed_over else "journal",
+        "generation": memory.stores.reign_of["erp"],
+        "checkpoints": {"count": len(points), "oldest": None, "newest": None},
+        "recoveries": recovery.recoveries("erp"),
+    }
+    staged.beta.replies["group.picture"] = {
+        "site": "beta",
+        "host": "b1",
+        "role": "recovery",
+        "state": "journal",
+        "generation": 1,
+    }
+    staged.alpha.down = True
+    return staged
+
+
+def failover(service, *arguments: str):
+    return service("plan", "run", "erp", "--mode", "failover", *DOWN, *arguments)
+
+
+def started(service) -> list[str]:
+    return [line.removeprefix("start ") for line in service.memory.effects.log if line.startswith("start ")]
+
+
+def up(service) -> set[str]:
+    return {name for name, domain in service.memory.hypervisor.domains.items() if domain.state == "running"}
+
+
+def change(service, *pairs: tuple[str, str]) -> None:
+    path = service.directory / "plans/erp.toml"
+    text = path.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def test_a_failover_by_plan_boots_in_order_and_proves_itself(moves) -> None:
+    change(moves, ('groups = ["erp"]', 'groups = ["erp"]\nrollback_after = "4h"'))
+    result = failover(moves, "-o", "json")
+    assert result.code == 0, result.err
+    assert (started(moves), up(moves)) == (["db", "web"], {"db", "web"})
+    (one,) = moves.recovery.recoveries("erp")
+    assert (one["kind"], one["state"], one["generation"], one["source_is_down"]) == ("failover", "running", 2, "fire")
+    assert one["auto"]["cancelled"], "it has proven well"
+    again = failover(moves)
+    assert (again.code, "runs at beta/b1 already" in again.err, started(moves)) == (0, True, ["db", "web"])
+
+
+def test_a_failover_by_plan_that_fails_is_left_or_undone(moves) -> None:
+    change(moves, ("/bin/true", "/bin/false"), ("run = [", "interval = '100ms'\nretries = 0\nrun = ["))
+    assert failover(moves).code == 40
+    assert (up(moves), "erp" in moves.memory.stores.failed_over) == ({"db"}, True)
+    change(moves, ("/bin/false", "/bin/true"))
+    assert failover(moves).code == 0
+    assert (started(moves), up(moves)) == (["db", "web"], {"db", "web"}), "it goes on with what stands"
+
+
+def test_a_plan_that_rolls_back_leaves_nothing_running(moves) -> None:
+    change(
+        moves,
+        ("/bin/true", "/bin/false"),
+        ("run = [", "interval = '100ms'\nretries = 0\nrun = ["),
+        ('groups = ["erp"]', 'groups = ["erp"]\non_failure = "rollback"'),
+    )
+    result = failover(moves)
+    assert (result.code, "roll erp back to its source: done" in result.err) == (40, True)
+    assert (moves.memory.hypervisor.domains, moves.memory.stores.failed_over) == ({}, set())
+    assert moves.memory.stores.reign_of["erp"] == 3
+
+
+def test_a_machine_that_the_plan_leaves_off_is_ready_and_off(moves) -> None:
+    change(moves, ('all_of = ["erp"]', '[[stage.vm]]\nname = "web"\nboot = false'))
+    assert failover(moves).code == 0
+    assert (up(moves), set(moves.memory.hypervisor.domains)) == ({"db"}, {"db", "web"})
+    assert moves.recovery.recoveries("erp")[0]["state"] == "staged"
+
+
+def test_a_killed_failover_goes_on_where_it_was(moves) -> None:
+    """Cut off after each line of its record; the host keeps what was done until then."""
+    result = failover(moves, "-o", "json")
+    path = moves.directory / "runs" / f"{result.json['run']}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for count in range(2, len(lines)):
+        path.write_text("".join(lines[:count]))
+        again = moves("run", "resume", result.json["run"], "--yes", "-o", "json")
+        assert (again.code, again.json["verdict"]) == (0, "passed"), (count, again.err)
+        assert started(moves) == ["db", "web"], "nothing is switched on twice"
