@@ -185,6 +185,9 @@ def test_a_dry_run_tells_what_would_be_done_and_does_nothing(sites):
     assert plan["generation"] == 3
     assert sorted(disk["way"] for disk in plan["old"]) == ["move"] * 4
     assert plan["left_out"] == []
+    estimate = json.loads(told)["estimate"]
+    assert estimate is not None, said
+    assert 0 < estimate["differing_bytes"] < estimate["total_bytes"] == 4 * 192 * MIB
     assert "keep that as checkpoint before-failback" in said
     assert all(path.exists() for path in images(sites))
     with pytest.raises(DrctlError):

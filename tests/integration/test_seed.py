@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from drctl.appliance.held_store import HeldStores
 from drctl.appliance.seed_service import SeedService
 from drctl.errors import Refused
 from drctl.replication.disk_connection import Export
+from drctl.replication.sample import Sampled, differing, sample
 from drctl.replication.seeding import OldDisks, put
 from drctl.store.group_store import GroupStore
 from tests.integration.link_rig import MiB, until
@@ -110,3 +112,17 @@ def test_old_disks_become_a_checkpoint_and_the_beginning_of_a_new_reign(make_rig
     assert rig.view(newest) == disks(rig)
     assert rig.view(first + 1) == tail
     assert rig.view(first) == before
+
+
+def test_samples_of_two_sites_tell_how_much_differs(make_rig):
+    rig = make_rig(sizes=SIZES)
+    fill(rig)
+    rig.serve_disks()
+    wanted = [Sampled(f"vm{n}.vda", size, Export(**rig.exports[str(n)])) for n, size in SIZES.items()]
+    before = asyncio.run(sample(wanted, bytes(32), 1))
+    assert {name: len(hashes) // 8 for name, hashes in before.items()} == {"vm1.vda": 385, "vm2.vda": 64}
+    for offset in (5 * 65536 + 17, 5 * 65536 + 900, 20 * MiB, SIZES[1] - 1):
+        os.pwrite(rig.guest.files[1], b"different", offset - 9)
+    after = asyncio.run(sample(wanted, bytes(32), 1))
+    assert differing(before["vm1.vda"], after["vm1.vda"]) == 3
+    assert before["vm2.vda"] == after["vm2.vda"]
