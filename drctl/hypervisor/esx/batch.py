@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drctl.errors import HostUnreachable
+from drctl.model.extent import SECTOR, Extent, MiB
 
 Command = Sequence[str]
 
@@ -72,3 +73,19 @@ def worker(command: Command, product: str, log: str) -> Command:
     begin = f"setsid sh -c {shlex.quote(inner)} </dev/null >/dev/null 2>&1 &"
     there = f"if [ -e {made} ] && [ ! -e {place} ]; then : >{place}; echo 0 >{code}"
     return ["sh", "-c", f"set -C; {there}; elif true 2>/dev/null >{place}; then set +C; {begin} fi; true"]
+
+
+def reading(path: str, ranges: Sequence[Extent]) -> bytes:
+    """A script that writes ranges of a file, one after the other, to stdout, and ends with 1 when one can't be read.
+
+    busybox's dd counts in blocks: the largest is taken that divides both ends of a range."""
+    lines = []
+    for one in ranges:
+        block = MiB
+        while one.offset % block or one.length % block:
+            block //= 2
+        if block < SECTOR:
+            raise ValueError(f"{one} is not of whole sectors")
+        words = ["dd", f"if={path}", f"bs={block}", f"skip={one.offset // block}", f"count={one.length // block}"]
+        lines.append(f"{shlex.join(words)} 2>/dev/null </dev/null || {{ {shlex.join(words[:2])} count=0; exit 1; }}")
+    return ("\n".join(lines) + "\nexit 0\n").encode("utf-8", "surrogateescape")

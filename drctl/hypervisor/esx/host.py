@@ -73,10 +73,13 @@ class EsxHost:
         (text,) = self.session.ask(["vim-cmd", "vmsvc/power.getstate", machine.id])
         return _STATES[answers.power(text)]
 
-    def confirm(self, machine: EsxMachine) -> None:
-        """Make sure that the number is still this machine's: numbers are given anew. Raises NotFound."""
-        (text,) = self.session.ask(["vim-cmd", "vmsvc/get.summary", machine.id])
-        told = value.struct(text, "vim.vm.Summary").text("config.vmPathName")
+    def confirm(self, machine: EsxMachine, summary: Answer | None = None) -> None:
+        """Make sure that the number is still this machine's: numbers are given anew. Raises NotFound.
+
+        `summary` is what its get.summary answered, where that was asked already."""
+        if summary is None:
+            (summary,) = self.session.run(["vim-cmd", "vmsvc/get.summary", machine.id])
+        told = value.struct(self.session.checked(summary).out, "vim.vm.Summary").text("config.vmPathName")
         file = machine.vmx.removeprefix(f"{inventory.VOLUMES}/").partition("/")[2]
         if not told.endswith(f"] {file}"):
             text = f"{self.name}: machine {machine.id} is {told} now, no more {machine.vmx}"

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NoReturn, Protocol
 
-from drctl.errors import HypervisorRefused, NotFound
+from drctl.errors import HostUnreachable, HypervisorRefused, NotFound
 from drctl.hypervisor.esx import batch, value
 from drctl.hypervisor.esx.batch import Answer, Command
+from drctl.model.extent import SECTOR, Extent
 
 #: vim-cmd on a busy host takes seconds; a batch over hundreds of machines more.
 TIMEOUT = 120.0
@@ -67,9 +69,37 @@ class Session:
             raise HypervisorRefused(f"{self.name}: {program}: {answer.told}", host=self.name)
         return answer
 
+    def size(self, path: str) -> int:
+        """Bytes of a file. Raises HypervisorRefused when there is none."""
+        (text,) = self.ask(["stat", "-c", "%s", path])
+        return int(text)
+
+    def fetch(self, path: str, ranges: Sequence[Extent]) -> list[bytes]:
+        """The bytes of a file at these ranges, in one round trip; the last may end with the file.
+
+        Raises HypervisorRefused when the host does not let them be read, HostUnreachable when they are not whole."""
+        if not ranges:
+            return []
+        whole = [_sectors(one) for one in ranges]
+        done = self._shell.run(["sh", "-s"], stdin=batch.reading(path, whole), timeout=TIMEOUT)
+        if done.code > 0:
+            told = done.err.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            raise HypervisorRefused(f"{self.name}: {path} can't be read: {told}", host=self.name)
+        starts = list(accumulate((one.length for one in whole), initial=0))
+        if done.code < 0 or not starts[-2] <= len(done.out) <= starts[-1]:
+            raise HostUnreachable(f"{self.name}: {path} was not read whole", host=self.name)
+        begins = [start + one.offset - full.offset for start, one, full in zip(starts, ranges, whole, strict=False)]
+        return [done.out[begin : begin + one.length] for begin, one in zip(begins, ranges, strict=True)]
+
     def _raise(self, program: str, fault: value.Fault) -> NoReturn:
         kind = fault.kind.rpartition(".")[2]
         text = f"{self.name}: {program}: {fault.message or kind}"
         if kind in ("NotFound", "ManagedObjectNotFound"):
             raise NotFound("object", program, message=text)
         raise HypervisorRefused(f"{text} ({kind})", host=self.name, fault=kind, object=fault.name)
+
+
+def _sectors(extent: Extent) -> Extent:
+    """The whole sectors that a range lies in."""
+    begin, end = extent.offset // SECTOR * SECTOR, -(-extent.end // SECTOR) * SECTOR
+    return Extent(begin, end - begin)

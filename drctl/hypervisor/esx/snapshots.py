@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from drctl.errors import HypervisorRefused, NotFound
 from drctl.hypervisor.esx import answers
 from drctl.hypervisor.esx.answers import Snapshot
+from drctl.hypervisor.esx.batch import Answer
 from drctl.hypervisor.esx.host import EsxHost
 from drctl.hypervisor.esx.inventory import EsxMachine
 
@@ -23,6 +24,8 @@ POLL_SECONDS = 0.5
 #: A snapshot of a busy machine takes minutes at worst, the merging of a large redo log hours.
 CREATE_SECONDS = 900.0
 REMOVE_SECONDS = 6 * 3600.0
+#: A command that returned and left neither its effect nor a task has not done it.
+IDLE_SECONDS = 10.0
 
 
 def new_name(group: str, number: int, token: Callable[[], str] = lambda: secrets.token_hex(6)) -> str:
@@ -52,8 +55,14 @@ class Snapshots:
 
     def ours(self, machine: EsxMachine, group: str) -> list[Snapshot]:
         """Those of this group, oldest first."""
-        found = [(known[1], one) for one in self.tree(machine) if (known := owner(one.name)) and known[0] == group]
-        return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+        return _ours(self.tree(machine), group)
+
+    def ours_of_all(self, machines: Sequence[EsxMachine], group: str) -> list[list[Snapshot]]:
+        """As ours, of many machines in one round trip."""
+        if not machines:
+            return []
+        told = self._host.session.ask(*(_tree(machine) for machine in machines))
+        return [_ours(answers.snapshots(text), group) for text in told]
 
     def foreign(self, machine: EsxMachine) -> list[Snapshot]:
         """Those that we did not make: of users, of backup products."""
@@ -63,15 +72,15 @@ class Snapshots:
         """Make a snapshot without memory; nothing when one of this name is there. Waits until it is.
 
         Raises HypervisorRefused: then there is none, or it comes later and `remove` of the same name finds it."""
-        if self._named(machine, name):
+        if self._confirmed(machine, name) is not None:
             return
-        self._host.confirm(machine)
         # All five words: with one left out the others mean something else.
         command = ["vim-cmd", "vmsvc/snapshot.create", machine.id, name, "replication", "0", "1" if quiesce else "0"]
-        (answer,) = self._host.session.run(command, timeout=timeout)
-        if not self._named(machine, name):
+        answer, found, busy = self._change(machine, name, command, timeout)
+        if found is None and not busy:
             self._host.session.checked(answer)
-        self._wait(machine, lambda: self._named(machine, name) is not None, timeout, f"snapshot {name} did not appear")
+        if found is None or busy:
+            self._wait(machine, name, True, timeout)
 
     def remove(self, machine: EsxMachine, name: str, *, timeout: float = REMOVE_SECONDS) -> None:
         """Remove a snapshot of ours and wait until its data is merged; nothing when it is gone.
@@ -79,31 +88,51 @@ class Snapshots:
         Raises HypervisorRefused for a name that is not ours, and when two have it."""
         if owner(name) is None:
             raise HypervisorRefused(f"{machine.name}: snapshot {name!r} is not ours: it stays", machine=machine.name)
-        found = self._named(machine, name)
-        if found is not None:
-            self._host.confirm(machine)
-            (answer,) = self._host.session.run(
-                ["vim-cmd", "vmsvc/snapshot.remove", machine.id, found.id], timeout=timeout
-            )
-            if self._named(machine, name) is not None and not self._busy(machine):
-                self._host.session.checked(answer)
-        self._wait(machine, lambda: self._named(machine, name) is None, timeout, f"snapshot {name} is still there")
+        found = self._confirmed(machine, name)
+        if found is None:
+            self._wait(machine, name, False, timeout)  # an earlier removal may still merge
+            return
+        command = ["vim-cmd", "vmsvc/snapshot.remove", machine.id, found.id]
+        answer, left, busy = self._change(machine, name, command, timeout)
+        if left is not None and not busy:
+            self._host.session.checked(answer)
+        if left is not None or busy:
+            self._wait(machine, name, False, timeout)
 
-    def _wait(self, machine: EsxMachine, done: Callable[[], bool], timeout: float, problem: str) -> None:
-        """Until it is so and no task of the machine runs: commands may return long before."""
+    def _confirmed(self, machine: EsxMachine, name: str) -> Snapshot | None:
+        """The snapshot of this name, of a machine that still has its number."""
+        summary, tree = self._host.session.run(_summary(machine), _tree(machine))
+        self._host.confirm(machine, summary)
+        return self._pick(machine, name, tree)
+
+    def _change(
+        self, machine: EsxMachine, name: str, command: Sequence[str], timeout: float
+    ) -> tuple[Answer, Snapshot | None, bool]:
+        """Carry a command out and look, in one round trip."""
+        answer, tree, tasks = self._host.session.run(command, _tree(machine), _tasks(machine), timeout=timeout)
+        return answer, self._pick(machine, name, tree), self._is_busy(tasks)
+
+    def _wait(self, machine: EsxMachine, name: str, there: bool, timeout: float) -> None:
+        """Until it is there (or not) and no task of the machine runs: commands may return long before."""
         waited = 0.0
-        while not done() or self._busy(machine):
-            if waited >= timeout or (not done() and not self._busy(machine) and waited > 10):
-                raise HypervisorRefused(f"{self._host.name}: {machine.name}: {problem}", machine=machine.name)
+        while True:
+            tree, tasks = self._host.session.run(_tree(machine), _tasks(machine))
+            done, busy = (self._pick(machine, name, tree) is not None) == there, self._is_busy(tasks)
+            if done and not busy:
+                return
+            if waited >= timeout or (not done and not busy and waited > IDLE_SECONDS):
+                problem = "did not appear" if there else "is still there"
+                raise HypervisorRefused(
+                    f"{self._host.name}: {machine.name}: snapshot {name} {problem}", machine=machine.name
+                )
             self._sleep(POLL_SECONDS)
             waited += POLL_SECONDS
 
-    def _busy(self, machine: EsxMachine) -> bool:
-        (text,) = self._host.session.ask(["vim-cmd", "vmsvc/get.tasklist", machine.id])
-        return any("napshot" in task for task in answers.tasks(text))
+    def _is_busy(self, tasks: Answer) -> bool:
+        return any("napshot" in task for task in answers.tasks(self._host.session.checked(tasks).out))
 
-    def _named(self, machine: EsxMachine, name: str) -> Snapshot | None:
-        found = [one for one in self.tree(machine) if one.name == name]
+    def _pick(self, machine: EsxMachine, name: str, tree: Answer) -> Snapshot | None:
+        found = [one for one in answers.snapshots(self._host.session.checked(tree).out) if one.name == name]
         if len(found) > 1:
             raise HypervisorRefused(
                 f"{machine.name} has {len(found)} snapshots named {name!r}: none is touched",
@@ -111,6 +140,23 @@ class Snapshots:
                 machine=machine.name,
             )
         return found[0] if found else None
+
+
+def _ours(tree: Sequence[Snapshot], group: str) -> list[Snapshot]:
+    found = [(known[1], one) for one in tree if (known := owner(one.name)) and known[0] == group]
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+def _summary(machine: EsxMachine) -> Sequence[str]:
+    return ["vim-cmd", "vmsvc/get.summary", machine.id]
+
+
+def _tree(machine: EsxMachine) -> Sequence[str]:
+    return ["vim-cmd", "vmsvc/snapshot.get", machine.id]
+
+
+def _tasks(machine: EsxMachine) -> Sequence[str]:
+    return ["vim-cmd", "vmsvc/get.tasklist", machine.id]
 
 
 def remove_leftovers(host: EsxHost, group: str, *, keep: frozenset[str] = frozenset()) -> list[str]:
