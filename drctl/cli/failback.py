@@ -58,14 +58,18 @@ def failback(
     definitions are kept. The failover has to be committed before.
 
     When it is live: drctl switchover brings the group home without loss, drctl commit makes that final, and the same
-    command again protects it in the first direction. With --go-home all of that is done in one go; home is the source in
-    the group's file. Given again after a break, it goes on. Exits with 3 when the time is over and the group is not
+    command again protects it in the first direction. With --go-home all of that is done in one go; home is the source
+    in the group's file. Given again after a break, it goes on. Exits with 3 when the time is over and the group is not
     live."""
     context = begin(ctx, output)
     if home:
         from drctl.cli.failback_home import bring_home  # it is made of this command
 
-        limits = {"on_timeout": on_shutdown_timeout.value, "shutdown_seconds": shutdown_timeout}
+        limits = {
+            "on_timeout": on_shutdown_timeout.value,
+            "shutdown_seconds": shutdown_timeout,
+            "live_seconds": timeout,
+        }
         return bring_home(context, group, limits, dry_run=dry_run, yes=yes)
     inventory = take_inventory(context)
     plan = look(context, inventory, group)

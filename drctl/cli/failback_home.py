@@ -50,7 +50,8 @@ def stages(inventory: Inventory, group: str, home: str) -> list[Stage]:
 
 
 def bring_home(context: Context, group: str, limits: dict[str, Any], *, dry_run: bool, yes: bool) -> int:
-    """From wherever it is to a group that runs at home and is protected from there. `limits`: of the guests' shutdown.
+    """From wherever it is to a group that runs at home and is protected from there. `limits`: of the guests' shutdown,
+    and `live_seconds`, how long a pass may take (None: as long as it takes).
 
     Raises what the steps raise; StepFailed when not all machines run at home: then nothing is committed."""
     home, inventory = home_of(context, group), take_inventory(context)
@@ -70,7 +71,7 @@ def bring_home(context: Context, group: str, limits: dict[str, Any], *, dry_run:
     newest = 0
     for stage in left:
         if stage in (Stage.BACK, Stage.PROTECT):
-            newest = _protect(context, group)
+            newest = _protect(context, group, limits["live_seconds"])
         elif stage is Stage.SWITCH:
             _switch(context, group, limits)
         else:
@@ -99,8 +100,8 @@ def _words(context: Context, inventory: Inventory, group: str, stage: Stage, hom
     }[stage]
 
 
-def _protect(context: Context, group: str) -> int:
-    """Replicated to the other site, and live; the newest checkpoint's number."""
+def _protect(context: Context, group: str, seconds: float | None) -> int:
+    """Replicated to the other site and live; the newest checkpoint's number. Raises StepFailed when it takes longer."""
     plan = back.look(context, take_inventory(context), group)
     sealed: dict[str, Any] = {}
     if not plan.protected:
@@ -109,8 +110,13 @@ def _protect(context: Context, group: str) -> int:
             sealed = plan.carry_out(context)
     after, sync = int(sealed.get("checkpoint") or 0), dict[str, Any]()
     with context.screen.bar(group) as update:
-        live = wait_until_live(context, group, None, lambda now: back.follow(update, now, sync), after=after)
-    assert live is not None  # without a time limit it is live, or raises
+        live = wait_until_live(context, group, seconds, lambda now: back.follow(update, now, sync), after=after)
+    if live is None:
+        raise StepFailed(
+            f"{group} is not live after {render.duration(seconds)}",
+            hint=f"its pass goes on (drctl status {group}); give the same command again",
+            group=group,
+        )
     context.screen.say(f"{group} is live from {plan.place} to {plan.back_place}")
     return int(live["newest"]["number"])
 
@@ -120,7 +126,8 @@ def _switch(context: Context, group: str, limits: dict[str, Any]) -> None:
     source, target = side(context, group, "source", inventory), side(context, group, "recovery", inventory)
     switchover.look(context, source, target, group)
     with leased(context, group, "switchover", inventory):
-        result, final = switchover.carry_out(context, source, target, group, limits | {"auto": None})
+        order = {"auto": None, "on_timeout": limits["on_timeout"], "shutdown_seconds": limits["shutdown_seconds"]}
+        result, final = switchover.carry_out(context, source, target, group, order)
     context.screen.say(f"loss: none; the guests' last write is in checkpoint #{final['number']}")
     if result.get("state") != "running":
         raise StepFailed(

@@ -156,3 +156,16 @@ def test_without_a_file_nobody_knows_where_home_is(sites) -> None:
     result = sites.world("failback", "web", "--go-home", "--yes")
     assert result.code == 11
     assert "step by step" in result.err
+
+
+def test_a_pass_that_takes_too_long_ends_it_before_anything_is_shut_down(sites) -> None:
+    def protect(params: dict[str, Any], progress: Any) -> dict[str, Any]:
+        told = Home.protect(sites, params, progress)
+        sites.beta.replies["group.status"] = sites.beta._source_status("web") | {"phase": "catching-up"}
+        return told
+
+    sites.beta.replies["failback.protect"] = protect
+    result = sites.world("failback", "web", "--go-home", "--timeout", "10s", "--yes")
+    assert result.code == StepFailed.exit_code
+    assert "web is not live after 10.0 s" in result.err
+    assert sites.log == WAY[:2]
