@@ -42,18 +42,17 @@ def from_appliances(context: Context, groups: Sequence[str]) -> Stock:
     base = dict(from_files(context).known.groups)
     inventory = take_inventory(context)
     machines = {answer.host.name: answer for answer in ask_all(context, "machine.list")}
-    infos = ask_all(context, "appliance.info")
-    abilities = {answer.host.name: _abilities(answer) for answer in infos}
+    infos = {answer.host.name: answer for answer in ask_all(context, "appliance.info")}
     wanted = [name for name in groups if name in base or name in inventory.groups]
     looked = in_parallel(lambda name: _Look(context, inventory, name).take(base.get(name)), wanted)
     loss: dict[str, float] = {}
     for name, look in zip(wanted, looked, strict=True):
-        base[name] = look.facts(machines, abilities)
+        base[name] = look.facts(machines, infos)
         if look.loss is not None:
             loss[name] = look.loss
     silent = tuple(answer for answer in machines.values() if answer.failed)
     complete = not silent and not inventory.silent
-    versions = {answer.host.name: _versions(answer.result) for answer in infos if not answer.failed}
+    versions = {name: _versions(answer.result) for name, answer in infos.items() if not answer.failed}
     return Stock(facts.Inventory(base, complete=complete), silent or inventory.silent, loss, versions)
 
 
@@ -77,6 +76,14 @@ def _abilities(answer: Answer) -> frozenset[Ability]:
     return frozenset(ability for ability in Ability if told.get(ability.value))
 
 
+def _room(answer: Answer | None) -> int | None:
+    """Bytes of memory that are available at a host; None when it did not say so."""
+    if answer is None or answer.failed:
+        return None
+    available = (answer.result.get("memory") or {}).get("available")
+    return None if available is None else int(available)
+
+
 def _versions(info: Mapping[str, Any]) -> dict[str, str]:
     told = {"drctl": info.get("version"), **(info.get("versions") or {})}
     return {str(name): str(version) for name, version in told.items() if version}
@@ -96,6 +103,7 @@ class _Look:
         self._status: Any = None
         self._restorable: bool | None = None
         self._problems: list[tuple[str, str, str]] = []
+        self._memory: dict[str, int] = {}
         self.loss: float | None = None
 
     def take(self, base: GroupFacts | None) -> _Look:
@@ -111,7 +119,7 @@ class _Look:
                 self._forecast(self._recovery)
         return self
 
-    def facts(self, machines: Mapping[str, Answer], abilities: Mapping[str, frozenset[Ability]]) -> GroupFacts:
+    def facts(self, machines: Mapping[str, Answer], infos: Mapping[str, Answer]) -> GroupFacts:
         host = self._source.host.name if self._source else ""
         seen = machines.get(host)
         listed = {str(one["name"]): one for one in seen.result} if seen is not None and not seen.failed else None
@@ -120,11 +128,16 @@ class _Look:
         return replace(
             self._base,
             applied=self._applied(),
-            machines=tuple(_machine(one, listed, covered.get(one.name)) for one in self._base.machines),
+            machines=tuple(
+                _machine(replace(one, memory=self._memory.get(one.name)), listed, covered.get(one.name))
+                for one in self._base.machines
+            ),
             phase=self._source.state if self._source is not None else None,
             restorable=self._restorable,
-            abilities=abilities.get(recovery, frozenset(Ability)),
+            abilities=_abilities(infos[recovery]) if recovery in infos else frozenset(Ability),
             problems=tuple(self._problems),
+            host=recovery,
+            room=_room(infos.get(recovery)),
         )
 
     def _applied(self) -> bool | None:
@@ -157,6 +170,7 @@ class _Look:
             self._problems.append(("warning", "", f"no forecast from {place.host.name}: {exc.message}"))
             return
         self.loss = told.get("loss_seconds")
+        self._memory = {str(one["name"]): one["memory"] for one in told.get("machines") or () if one.get("memory")}
         self._problems += [
             (str(one["severity"]), str(one["subject"]), _spell(one))
             for one in told.get("findings") or ()
@@ -182,4 +196,5 @@ def _machine(
     refused = [f"{disk['target']}: {disk['refusal']}" for disk in disks if disk.get("refusal")]
     takable = [str(disk["target"]) for disk in disks if not disk.get("refusal")]
     uncovered = [target for target in takable if covered is not None and target not in covered]
-    return replace(base, exists=True, uncovered=tuple(uncovered), refused=tuple(refused), memory=found.get("memory"))
+    memory = base.memory or found.get("memory")
+    return replace(base, exists=True, uncovered=tuple(uncovered), refused=tuple(refused), memory=memory)

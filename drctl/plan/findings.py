@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from drctl.errors import ConfigInvalid
+from drctl.model.extent import format_bytes
 from drctl.plan.compile import unnamed
 from drctl.plan.inventory import Ability, GroupFacts, Inventory, MachineFacts
 from drctl.plan.plan import CheckKind, Mac, Mode, Plan, Script, Vm, Where
@@ -61,7 +62,31 @@ def examine(plan: Plan, inventory: Inventory, mode: Mode = Mode.TEST) -> list[Fi
     for vm in plan.vms:
         if vm.group in inventory.groups:
             found += _vm(plan, vm, inventory.groups[vm.group])
-    return found + list(_left_off(plan, inventory, mode))
+    return found + list(_memory(plan, inventory)) + list(_left_off(plan, inventory, mode))
+
+
+def _memory(plan: Plan, inventory: Inventory) -> Iterator[Finding]:
+    """Whether each recovery host has memory for what the plan boots there. A host may lend more than it has, so it is
+    a warning; what is not known is not counted."""
+    named = {(vm.group, vm.name): vm for vm in plan.vms}
+    needed: dict[str, int] = {}
+    rooms: dict[str, int] = {}
+    for facts in (inventory.groups[name] for name in plan.groups if name in inventory.groups):
+        if facts.room is None:
+            continue
+        rooms[facts.host] = facts.room
+        for machine in facts.machines:
+            vm = named.get((facts.name, machine.name))
+            if vm is None or vm.boot:
+                wanted = (vm.memory if vm else 0) or machine.memory or 0
+                needed[facts.host] = needed.get(facts.host, 0) + wanted
+    for host, room in rooms.items():
+        if needed.get(host, 0) > room:
+            message = (
+                f"{host}: its machines take {format_bytes(needed[host])} of memory, {format_bytes(room)} are available"
+            )
+            hint = "give less (memory = …), leave some off (boot = false), or stop something there"
+            yield Finding(Severity.WARNING, message, hint, plan.file, plan.line("groups"), "groups")
 
 
 def _left_off(plan: Plan, inventory: Inventory, mode: Mode) -> Iterator[Finding]:

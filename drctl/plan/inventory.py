@@ -35,7 +35,8 @@ class GroupFacts:
     """A group as its file or an appliance tells it. `phase` is that of its source, None when it did not answer.
     `applied`: the appliances have it, with the machines that its file names.
 
-    `problems` are what the recovery site says would go wrong; `networks` and `test_networks` map source networks."""
+    `problems` are what the recovery site says would go wrong; `networks` and `test_networks` map source networks.
+    `host` is the recovery host, and `room` the bytes of memory that it could give to machines now."""
 
     name: str
     machines: tuple[MachineFacts, ...]
@@ -46,6 +47,8 @@ class GroupFacts:
     restorable: bool | None = None
     abilities: frozenset[Ability] = frozenset(Ability)
     problems: tuple[tuple[str, str, str], ...] = ()
+    host: str = ""
+    room: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

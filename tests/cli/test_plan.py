@@ -589,3 +589,22 @@ def test_what_the_plan_wants_of_one_machine_is_ordered(plans, mode: str) -> None
     (order,) = plans.beta.called({"test": "test.start"}.get(mode, f"{mode}.run"))
     network = "island" if mode == "test" else "dmz"
     assert order["changes"] == {"db": {"memory": 2**30, "vcpus": 2, "new_macs": True, "networks": {"lan": network}}}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [("", True), ('memory = "256 MiB"\n', False), ("boot = false\n", False)],
+)
+def test_memory_at_the_recovery_site_is_held_against_what_the_plan_boots(plans, more: str, told: bool) -> None:
+    """Two machines of 1 GiB each, 1.5 GiB available."""
+    plan = plans.beta.call("failover.plan", {"group": "web"})
+    plans.beta.replies["failover.plan"] = plan | {"machines": [{**one, "memory": 2**30} for one in plan["machines"]]}
+    info = plans.beta._appliance_info({})
+    memory = {"total": 2**32, "available": 3 * 2**29}
+    plans.beta.replies["appliance.info"] = info | {"memory": memory, "capabilities": {"overrides": True}}
+    text = PLAN.replace('all_of = ["web"]', f'[[stage.vm]]\nname = "front"\n{more}')
+    write(plans, text)
+    result = plans("plan", "validate", "web")
+    assert result.code == 0
+    warning = "b1: its machines take 2.0 GiB of memory, 1.5 GiB are available"
+    assert (warning in result.out) is told, result.out
