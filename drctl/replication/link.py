@@ -8,7 +8,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
@@ -24,8 +24,9 @@ WRITE_BUFFER = 2 * 1024 * 1024
 WRITE_PIECE = 256 * 1024
 #: Received messages that wait for their reader; beyond it the socket is not read.
 RECEIVED_LIMIT = 4 * 1024 * 1024
-#: Half-open connections at once; more wait in the kernel's queue.
-MAX_HANDSHAKES = 32
+#: Half-open connections at once. One more turns out the oldest of the address that has most of them, so that a crowd
+#: that says nothing keeps nobody out.
+MAX_HANDSHAKES = 64
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +259,8 @@ class Listener:
         self._serve = serve
         self._rejected = rejected
         self._sock: socket.socket | None = None
-        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        #: Tasks that shake hands, oldest first, and whom with.
+        self._half_open: dict[asyncio.Task[None], str] = {}
         self.port = 0
 
     def bind(self) -> None:
@@ -285,15 +287,23 @@ class Listener:
         with self._sock as sock:
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    await self._handshakes.acquire()
                     try:
                         accepted, address = await loop.sock_accept(sock)
                     except OSError as exc:  # e.g. out of descriptors: others' connections must go on
                         log.warning("accept: %s", exc)
-                        self._handshakes.release()
                         await asyncio.sleep(0.5)
                         continue
-                    tasks.create_task(self._one(accepted, f"{address[0]}:{address[1]}"))
+                    if len(self._half_open) >= MAX_HANDSHAKES:
+                        self._turn_out()
+                    task = tasks.create_task(self._one(accepted, f"{address[0]}:{address[1]}"))
+                    self._half_open[task] = address[0]
+
+    def _turn_out(self) -> None:
+        """Make room for one more: the oldest of the address that holds most of the places."""
+        [(crowd, _)] = Counter(self._half_open.values()).most_common(1)
+        oldest = next(task for task, address in self._half_open.items() if address == crowd)
+        del self._half_open[oldest]
+        oldest.cancel()
 
     async def _one(self, sock: socket.socket, address: str) -> None:
         try:
@@ -304,10 +314,17 @@ class Listener:
             log.exception("connection from %s", address)
 
     async def _meet(self, sock: socket.socket, address: str) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             connection = await self._shake_hands(sock, address)
+        except asyncio.CancelledError:
+            sock.close()
+            if task in self._half_open:
+                raise  # it is the listener that ends
+            raise ProtocolViolation(f"no TLS handshake from {address}: others waited for its place") from None
         finally:
-            self._handshakes.release()
+            self._half_open.pop(task, None)
         try:
             await self._serve(connection)
         finally:

@@ -27,6 +27,8 @@ from drctl.replication.receiver_session import ReceiverSession, hear_hello, refu
 
 #: How often it is looked whether data flows.
 REST_EVERY = 1.0
+#: Between two lines of the log about connections that were turned away.
+TELL_EVERY = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Receiver:
         self._heard: dict[str, int] = {}
         self._rejected: deque[dict[str, Any]] = deque(maxlen=50)
         self._rejections = 0
+        self._told_at, self._untold = -TELL_EVERY, 0
         self._stopping = asyncio.Event()
         self._maintenance = MaintenanceChild(self._store)
         self.listener = Listener(config.listen, Path(config.tls), self._serve, self._reject)
@@ -139,7 +142,13 @@ class Receiver:
     def _reject(self, address: str, exc: DrctlError) -> None:
         self._rejections += 1
         self._rejected.append({**exc.as_dict(), "address": address, "wall_ns": time.time_ns()})
-        log.warning("rejected %s: %s", address, exc)
+        now = time.monotonic()
+        if now - self._told_at < TELL_EVERY:
+            self._untold += 1  # a crowd must not fill the disk with its log
+            return
+        more = f" (and {self._untold} more)" if self._untold else ""
+        self._told_at, self._untold = now, 0
+        log.warning("rejected %s: %s%s", address, exc, more)
 
     # control
 

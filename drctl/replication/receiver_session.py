@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 
-from drctl.errors import DrctlError, OutOfSpace, ProtocolViolation, Refused, UnsupportedFormat
+from drctl.errors import DrctlError, NotFound, OutOfSpace, ProtocolViolation, Refused, UnsupportedFormat
 from drctl.model.extent import MiB
 from drctl.replication.group_writer import SHARED_FSYNC, GroupWriter, StreamToken
 from drctl.replication.link import Connection
@@ -17,6 +18,10 @@ from drctl.wire import link as wire
 from drctl.wire.signature import Compare, Digests
 
 HELLO_TIMEOUT = 10.0
+#: What a group and a host may be called: they become parts of file names here.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: Far above the number of failovers that a group sees, and it fits every format.
+MAX_GENERATION = 2**32
 #: Frames that wait for the store; beyond it the socket is not read, and TCP slows the source down.
 WAITING_LIMIT = 16 * MiB
 #: Questions of a comparison that wait for their answer; beyond it the socket is not read.
@@ -150,6 +155,10 @@ async def hear_hello(connection: Connection) -> wire.Hello:
         raise UnsupportedFormat(f"link version {hello.version}, known: {wire.VERSION}", hint="upgrade the older side")
     if len(hello.epoch) != 32 or not set(hello.epoch) <= set("0123456789abcdef"):
         raise ProtocolViolation("the epoch in HELLO is none")
+    if not NAME.fullmatch(hello.host) or not 0 <= hello.generation < MAX_GENERATION:
+        raise ProtocolViolation("the host's name or the generation in HELLO is none")
+    if not NAME.fullmatch(hello.group):
+        raise NotFound("group", hello.group[:64], hint="no group is called like that")
     if hello.appliance != connection.appliance:
         raise Refused(f"HELLO of {hello.appliance} with the certificate of {connection.appliance}")
     if not connection.peer.may(hello.group):

@@ -28,15 +28,20 @@ from drctl.wire.frame import (
 
 
 def check_batch(stream: StreamKey, state: StreamState, frames: FrameList, disks: Sequence[GroupDisk]) -> None:
-    """Raises ProtocolViolation: another stream's frame, a malformed control frame, an extent outside of its disk or
-    payload."""
+    """Raises ProtocolViolation: another stream's frame, one that was there before, a malformed control frame, an extent
+    outside of its disk or payload."""
+    sequence = state.sequence
     tables: list[memoryview] = []
     lengths: list[int] = []
     counts: list[int] = []
     for header, whole in frames:
         if header.epoch != stream.epoch or header.generation != stream.generation:
             raise ProtocolViolation(f"frame of epoch {header.epoch} in the stream of epoch {stream.epoch}")
-        if not header.is_data:
+        if header.kind is FrameKind.DATA:
+            if header.first_sequence <= sequence:
+                raise ProtocolViolation(f"record {header.first_sequence} comes again; the stream is at {sequence}")
+            sequence = header.last_sequence - header.partial
+        elif not header.is_data:
             state = _check_control(state, header, whole)
         if count := header.extent_count:
             if not header.is_data or header.raw_length > FRAME_PAYLOAD:
@@ -53,6 +58,8 @@ def _check_control(state: StreamState, header: FrameHeader, whole: memoryview) -
         fields = control_fields(PlacedFrame(0, header, whole))
         if header.kind is FrameKind.MARK:
             _check_mark(fields)
+            if fields["number"] <= state.mark:
+                raise ValueError(f"mark {fields['number']} comes again; {state.mark} is proven")
         return state.after(header, fields)
     except (IntegrityError, KeyError, TypeError, ValueError) as exc:
         raise ProtocolViolation(f"malformed {header.kind.name} frame: {exc!r}") from exc
