@@ -178,6 +178,7 @@ class Appliance:
             "recovery.console": recovery.guests.console,
             "failover.plan": recovery.reigns.plan,
             "failover.run": self._lifted(recovery.reigns.failover),
+            "appliance.note": lambda _params, _progress: {},  # an installer's work; only history is written here
             "fence.note": lambda _params, _progress: {},  # the operator's machine fenced; only history is written here
             "failover.hold": recovery.reigns.cancel_auto,
             "switchover.run": self._lifted(recovery.reigns.switchover),

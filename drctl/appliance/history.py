@@ -30,6 +30,7 @@ CHANGING = (
     "source.verify",
     "checkpoint.create",
     "checkpoint.tag",
+    "checkpoint.serve",
     "test.start",
     "test.stop",
     "failover.run",
@@ -41,6 +42,7 @@ CHANGING = (
     "rollback",
     "commit",
     "certificate.install",
+    "appliance.note",
     "failback.prepare",
     "failback.protect",
 )
@@ -48,6 +50,8 @@ CHANGING = (
 PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")
 #: What of the parameters a line keeps, besides the group.
 DETAILS = (
+    "what",
+    "changes",
     "repair",
     "site",
     "rate",

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from drctl import __version__
 from drctl.appliance import libvirt_guests
 from drctl.appliance.client import Client
 from drctl.appliance.config import Home
+from drctl.appliance.encryption import Encryption, encryption
 from drctl.appliance.libvirt_hook import HOOK_PATH
 from drctl.errors import CertificateRejected, DrctlError, OutOfSpace
 from drctl.model.extent import GiB, MiB, format_bytes
@@ -60,6 +62,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
     findings += _certificate_findings(home)
     findings += _rejections(home)
     findings += hook_findings(config.uri, HOOK_PATH)
+    findings += store_findings(config.uri, home.store, encryption)
     findings += [_finding(severity, "libvirt-guests", *told) for severity, *told in libvirt_guests.findings(config.uri)]
     return {
         "site": config.site,
@@ -159,6 +162,16 @@ def hook_findings(uri: str, hook: Path) -> list[dict[str, str]]:
     except OSError:
         return []  # /etc/libvirt is for root alone on some systems: then nothing is known
     return []
+
+
+def store_findings(uri: str, store: Path, look: Callable[[Path], Encryption]) -> list[dict[str, str]]:
+    """Whether a thief of the disks could read what guests wrote. A lab's stores are of no use to one."""
+    if not uri.startswith("qemu:///system") or not any(store.glob("*/group.json")):
+        return []
+    if look(store) is not Encryption.NO:
+        return []
+    message = "is not encrypted: its checkpoints hold what the guests wrote"
+    return [_finding("warning", str(store), message, "put it on an encrypted volume (LUKS); see docs/security.md")]
 
 
 def _rejections(home: Home) -> list[dict[str, str]]:

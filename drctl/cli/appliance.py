@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import ask_all
 from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
-from drctl.errors import NotFound, PreconditionFailed, Refused
+from drctl.errors import DrctlError, NotFound, PreconditionFailed, Refused
 from drctl.model.extent import format_bytes
 from drctl.model.site import Host
 
@@ -199,6 +199,7 @@ def _roll_out(
             return 0
         campaign.install(targets, context.config.hosts, made, roster, _progress(context), upgrade=upgrade)
     _tell(context, targets)
+    _note(context, targets, verb)
     if error := campaign.failure(targets):
         raise error
     return 0
@@ -220,6 +221,14 @@ def _tell(context: Context, targets: Sequence[Target]) -> None:
         context.screen.line(f"{target.host.name}: {changes or 'already as it should be; nothing was changed'}")
         for note in target.outcome.notes:
             context.screen.say(f"{target.host.name}: note: {note}")
+
+
+def _note(context: Context, targets: Sequence[Target], verb: str) -> None:
+    """What was done belongs into the history of the host that it was done to."""
+    for target in targets:
+        if target.outcome is not None and target.outcome.changes:
+            with suppress(DrctlError):  # an older one knows no such method
+                context.call(target.host, "appliance.note", timeout=5.0, what=verb, changes=target.outcome.changes)
 
 
 def _targets(context: Context, hosts: Sequence[Host]) -> list[Target]:

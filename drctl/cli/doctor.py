@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 
@@ -61,7 +63,7 @@ def doctor(ctx: typer.Context, output: Output = Format.TEXT) -> int:
 
 def examine(context: Context) -> list[Finding]:
     """Everything that can be found from here. Raises ConfigInvalid when not even the configuration can be read."""
-    findings = _this_machine(NEEDED)
+    findings = _this_machine(NEEDED) + _authority(context.config.directory)
     looked = in_parallel(lambda host: _host(context, host), context.config.hosts)
     findings += [finding for found, _ in looked for finding in found]
     if not any(answered for _, answered in looked):
@@ -114,6 +116,22 @@ def _groups(context: Context) -> list[Finding]:
     findings = [finding for one in pictures for finding in examine_group(one)]
     findings += [error(one.host.name, f"a group's status can't be told: {one.error}") for one in failed]
     return findings + examine_coverage(machines, pictures)
+
+
+def _authority(directory: Path | None) -> list[Finding]:
+    """The project's CA, where this machine has its key: whoever has it can be any appliance."""
+    if directory is None or not (key := directory / "ca" / "ca-key.pem").exists():
+        return []
+    found = []
+    if mode := stat.S_IMODE(key.stat().st_mode) & 0o077:
+        found.append(error(str(key), f"may be read by others (mode {mode:03o})", f"chmod 600 {key}"))
+    try:
+        if b"ENCRYPTED" not in key.read_bytes():
+            hint = "openssl pkcs8 -topk8; then $DRCTL_CA_PASSPHRASE_FILE names the passphrase's file (docs/security.md)"
+            found.append(info(str(key), "has no passphrase: whoever copies it can be any appliance", hint))
+    except OSError as exc:
+        found.append(warning(str(key), f"can't be read: {exc.strerror}", "no certificate can be renewed from here"))
+    return found
 
 
 def _this_machine(needed: dict[str, tuple[int, int]]) -> list[Finding]:

@@ -256,3 +256,23 @@ def test_a_rejected_certificate_ends_with_35_and_is_named(world) -> None:
     assert "tls/peers.json" in result.out
     assert result.code == 35
     assert "rejected: the certificate is foreign" in world("status", "web").out
+
+
+# -- the authority ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passphrase", [None, b"geheim"])
+def test_the_authoritys_key_is_looked_at(world, passphrase) -> None:
+    from drctl.replication.identity import create_ca
+
+    create_ca(world.directory / "ca", passphrase)
+    key = world.directory / "ca" / "ca-key.pem"
+
+    def found():
+        told = world("doctor", "--output", "json").json["findings"]
+        return [(one["severity"], one["message"].split(":")[0]) for one in told if one["subject"] == str(key)]
+
+    plain = [] if passphrase else [("info", "has no passphrase")]
+    assert found() == plain
+    key.chmod(0o644)
+    assert found() == [("error", "may be read by others (mode 044)"), *plain]
