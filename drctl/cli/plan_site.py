@@ -62,8 +62,8 @@ class GroupSite(ABC):
         while True:
             machine = self.machine(group, order.name)
             if machine.get("held"):
-                self.ask(group, "recovery.boot", machines=[order.name], timeout=RUN_TIMEOUT)
-                machine = self.machine(group, order.name)
+                told = self.ask(group, "recovery.boot", machines=[order.name], timeout=RUN_TIMEOUT)
+                machine = machine_of(told, order.name) or machine
             state = machine.get("state")
             if state == "running":
                 return {"notes": machine["notes"]} if machine.get("notes") else {}
@@ -136,6 +136,8 @@ class DrillSite(GroupSite):
         group, host = order.group, self._hosts[order.group]
         self._before[group] = frozenset(str(one["id"]) for one in self._list(group))
         wanted = [machine.name for machine in order.machines if machine.boot]
+        if not wanted:  # an appliance would take no names for all
+            return {"recovered": "nothing: no machine of it is to boot"}
         everything = len(wanted) == len(order.machines)
         result = self._context.call(
             host,

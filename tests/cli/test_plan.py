@@ -608,3 +608,11 @@ def test_memory_at_the_recovery_site_is_held_against_what_the_plan_boots(plans, 
     assert result.code == 0
     warning = "b1: its machines take 2.0 GiB of memory, 1.5 GiB are available"
     assert (warning in result.out) is told, result.out
+
+
+def test_a_drill_of_a_group_that_is_left_off_boots_nothing(plans) -> None:
+    """No names at all would mean all machines to an appliance."""
+    off = '[[stage]]\nname = "a"\n[[stage.vm]]\nname = "db"\nboot = false\n[[stage.vm]]\nname = "front"\nboot = false\n'
+    write(plans, f'plan = "web"\ngroups = ["web"]\n{off}')
+    assert plans("plan", "run", "web", "--mode", "test", "--yes").code == 0
+    assert plans.beta.called("test.start") == []
