@@ -62,10 +62,18 @@ def run(sites, mode, *arguments, code=0):
 
 
 def test_a_drill_by_plan_leaves_nothing_and_is_reported(sites):
+    """The copy of the second stage is switched on when the first one has said on its console that it is up."""
     sites.faults.await_live(120)
-    write(sites, check="true")
+    write(sites)
+    path = sites.rig.directory / "plans/web.toml"
+    by_shell = f'kind = "command"\nrun = ["/bin/sh", "-c", "{UP}"]'
+    path.write_text(path.read_text().replace(by_shell, 'kind = "console"\ntext = "DRCTL-GUEST-UP"'))
     document, said = run(sites, "test", "--yes")
     assert document["verdict"] == "passed", said
+    steps = json.loads(sites.drctl("run", "show", document["run"], "-o", "json")[0])["steps"]
+    times = {one["id"]: (one["begun"], one["begun"] + one["seconds"]) for one in steps}
+    well = times["stage:first/vm:web-1/check:console"][1]
+    assert times["stage:second/vm:web-2/boot"][0] >= well - 0.1
     assert sites.rig.virsh("beta", "list", "--all", "--name").split() == []
     assert sites.states("alpha") == {"web-1": "running", "web-2": "running"}
     told = json.loads(sites.drctl("run", "report", "latest", "--format", "json")[0])
