@@ -122,6 +122,9 @@ class FakeAppliance:
             "findings": [],
         }
 
+    def _support_collect(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"files": {"logs/tap-web.log": "tap: vm.vda: connection 1\n"}}
+
     def _certificate_show(self, _: dict[str, Any]) -> dict[str, Any]:
         begin = NOW - 86400 * 100
         times = {"not_before": begin, "not_after": begin + 86400 * 366, "renewal": begin + 86400 * 244}
