@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from drctl.errors import DrctlError, Locked, NotFound
+from drctl.replication.priority import nice_of_session
 from drctl.store.maintenance import Maintenance
 from drctl.store.tier import Indexer
 
@@ -99,6 +100,7 @@ def main(arguments: list[str]) -> int:
         log.error("usage: python -m drctl.replication.maintenance DIRECTORY")
         return 2
     os.nice(NICE)
+    nice_of_session(NICE)
     _serve(Path(arguments[0]))
     return 0
 

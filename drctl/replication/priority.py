@@ -19,14 +19,20 @@ HURRY_FILL, CALM_FILL = 0.5, 0.2
 #: It begins, too, when a mark has waited so long (s) to become a checkpoint, or this process for a processor, and is
 #: not over before it has lasted so long.
 HURRY_MARK, HURRY_STARVED, HURRY_LASTS = 1.0, 0.5, 1.0
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class Priority:
     """The priority of all threads of this process, changed as the backlog demands."""
 
-    def __init__(self, set_nice: Callable[[int], bool] | None = None) -> None:
-        """`set_nice` sets the niceness of the whole process; False: that is not allowed."""
+    def __init__(
+        self, set_nice: Callable[[int], bool] | None = None, set_session: Callable[[int], bool] | None = None
+    ) -> None:
+        """`set_nice` sets the niceness of the whole process; False: that is not allowed. `set_session` sets that of
+        its session; False: not now, try again."""
         self._set_nice = set_nice or nice_of_all_threads
+        self._set_session = set_session or nice_of_session
+        self._session: int | None = None
         self.pressed: bool | None = None
         self._hurry_until = 0.0
         # Without the right to be less nice again, yielding would be for ever.
@@ -37,16 +43,17 @@ class Priority:
     def look(self, now: float, fill: float, mark_age: float, starved: float) -> None:
         """`now` (s) of any clock; `fill` of the ring, 0 to 1; `mark_age` (s) of the oldest mark that is not a
         checkpoint yet; `starved`: by how much (s) this call comes late."""
-        if not self._may_choose:
-            return
         hurry = fill > HURRY_FILL or mark_age > HURRY_MARK or starved > HURRY_STARVED
         if hurry:
             self._hurry_until = now + HURRY_LASTS
         elif self.pressed:
             hurry = fill > CALM_FILL or now < self._hurry_until
-        if hurry != self.pressed:
-            self.pressed = hurry
-            self._set_nice(PRESSED if hurry else YIELDING)
+        nice = PRESSED if hurry else YIELDING
+        if hurry != self.pressed and self._may_choose:
+            self._set_nice(nice)
+        self.pressed = hurry
+        if nice != self._session and self._set_session(nice):
+            self._session = nice
 
 
 def nice_of_all_threads(nice: int) -> bool:
@@ -58,4 +65,21 @@ def nice_of_all_threads(nice: int) -> bool:
             return False
         except ProcessLookupError:
             continue
+    return True
+
+
+def nice_of_session(nice: int) -> bool:
+    """Niceness of this process's session against others. False: refused for a moment.
+
+    Where the kernel groups tasks by session (sched(7), "The autogroup feature"; on by default in Debian and Ubuntu),
+    a thread's niceness counts within its session only, and each process of ours has one of its own. Nobody needs a
+    right for it down to 0, but without CAP_SYS_ADMIN there is one change per 0.1 s for the whole machine."""
+    if os.getsid(0) != os.getpid():
+        return True  # others are in it
+    try:
+        _AUTOGROUP.write_text(str(nice))
+    except BlockingIOError:
+        return False
+    except OSError:  # a kernel without it
+        return True
     return True
