@@ -13,6 +13,7 @@ import pwd
 import shlex
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ HANDSHAKE_SECONDS = 20.0
 KEEPALIVE_SECONDS = 15
 #: OpenSSH allows ten channels a connection (MaxSessions); two are left to others who share it.
 CHANNELS = 8
+#: Between attempts to have one more channel, in seconds.
+SESSION_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 _CHUNK = 65536
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
@@ -93,7 +96,7 @@ class Shell:
     def _open(self, command: str, timeout: float | None) -> paramiko.Channel:
         transport = self._connected(timeout)
         try:
-            channel = transport.open_session(timeout=HANDSHAKE_SECONDS)
+            channel = _session(transport)
             channel.exec_command(command)
         except (OSError, EOFError, paramiko.SSHException) as exc:
             raise self._lost(exc) from exc
@@ -131,6 +134,16 @@ def need_root(shell: Shell) -> list[str]:
         hint=f'log in as root (ssh = "root@{shell.login.host}"), or let it use sudo without a password',
         host=shell.login.host,
     )
+
+
+def _session(transport: paramiko.Transport) -> paramiko.Channel:
+    """A new channel; no command runs in it yet. One that we closed may still count there while its process ends."""
+    for pause in SESSION_PAUSES:
+        try:
+            return transport.open_session(timeout=HANDSHAKE_SECONDS)
+        except paramiko.ChannelException:
+            time.sleep(pause)
+    return transport.open_session(timeout=HANDSHAKE_SECONDS)
 
 
 def _finish(channel: paramiko.Channel, stdin: bytes) -> Done:

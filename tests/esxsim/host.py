@@ -85,7 +85,8 @@ APPLETS = [
 LOCKING = ["cat", "dd", "cp", "mv", "rm", "head", "tail", "gzip", "md5sum", "sha1sum", "sha256sum", "hexdump", "od"]
 OURS = ["vim-cmd", "esxcli", "vmkfstools", "vmware"]
 
-#: sshd of 8.0.2, build 22380479, as it came (facts 4.3); keyboard-interactive needs PAM and is left out.
+#: sshd of 8.0.2, build 22380479, as it came (facts 4.3); keyboard-interactive needs PAM and is left out. SHLVL keeps
+#: this machine's bash, which carries the forced command, from reading somebody's .bashrc first: one takes a second.
 CONFIG = """
 ListenAddress 127.0.0.1:{port}
 HostKey {keys}/host
@@ -111,6 +112,7 @@ MaxStartups 10:30:100
 RekeyLimit 1G 1H
 Compression no
 PrintMotd no
+SetEnv SHLVL=2 HOME={share}
 Banner {share}/issue
 Subsystem sftp /usr/lib/vmware/openssh/bin/sftp-server -f LOCAL5 -l INFO
 ForceCommand {share}/enter {root}/var/run/hostd.sock {root}

@@ -295,7 +295,7 @@ def test_cut_at_every_command(make, event: str, waits: bool) -> None:
         if number % 10 == 0:
             world.source().stop()
             assert all(vm.snapshots == [] for vm in world.vms)
-    assert number > 40
+    assert number > 15
 
 
 @pytest.mark.long
@@ -305,7 +305,7 @@ def test_cut_over_real_ssh(make, event: str) -> None:
     world = make(MIB)
     world.sim.start()
     world.cycle(world.sim.shell())
-    for number in (9, 14, 24):
+    for number in (5, 9, 14):
         world.scribble(world.vms[0], 2)
         world.sim.hostd.drop = (event, number)
         try:

@@ -231,7 +231,8 @@ def _make(settings: str) -> HostRig:
     (share / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{rig.port}\nHostKey {share}/host_key\nAuthorizedKeysFile {share}/authorized_keys\n"
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        f"PermitRootLogin prohibit-password\nPidFile none\n{settings}\n"
+        # bash reads no .bashrc at that level: this machine's may take a second, or wait for somebody's lock.
+        f"PermitRootLogin prohibit-password\nPidFile none\nSetEnv SHLVL=2\n{settings}\n"
     )
     return rig
 
