@@ -105,7 +105,7 @@ def test_under_load_every_write_is_acknowledged_and_kept_in_order(make: Make, le
             rig.reader.release(sequence)
 
     try:
-        for _ in range(4):
+        for _ in range(3):
             take()
             _hand_over(rig)
     finally:
@@ -116,7 +116,7 @@ def test_under_load_every_write_is_acknowledged_and_kept_in_order(make: Make, le
     assert rig.word(Word.DROPPED) == 0
     assert [kept[10], kept[11]] == [flood.sent for flood in floods]
     took = [line for line in rig.log().splitlines() if "took over 2 connections" in line]
-    assert len(took) == 4
+    assert len(took) == 3
     # Others share the machine: what it takes when it is calm is in docs/design.md.
     assert all(float(line.split()[-2]) < 250 for line in took), took
     assert max(flood.longest for flood in floods) < 2
@@ -142,7 +142,7 @@ def test_half_a_request_and_replies_that_nobody_took_go_along(make: Make) -> Non
 
 
 def test_what_comes_after_is_as_with_any_tap(make: Make) -> None:
-    """New clients, second writers, goodbyes, a lost connection, a full ring's lock, another successor."""
+    """New clients, second writers, goodbyes, a lost connection, the ring's lock, another successor."""
     rig = make(disks=2)
     writer = rig.writer()
     _hand_over(rig)
@@ -162,6 +162,29 @@ def test_what_comes_after_is_as_with_any_tap(make: Make) -> None:
     rig.start_tap()
     assert rig.word(Word.LAST_REASON) == OrderReason.TAP_RESTARTED
     assert rig.writer().write(0, bytes(512)) == 0
+
+
+def test_a_ring_that_was_full_stays_so_and_every_drop_is_noted(make: Make) -> None:
+    """Before and after the handover blocks are dropped, and found in the dirty maps; then the ring takes records."""
+    rig = make(capacity=MiB, slots=4096)
+    writer = rig.writer()
+    for n in range(400):
+        assert writer.write(n * 8192, bytes([n % 256]) * 4096) == 0
+    assert rig.word(Word.DROPPING) == 1
+    order, dropped = _order(rig), rig.word(Word.DROPPED)
+    _hand_over(rig)
+    for n in range(400, 450):
+        assert writer.write(n * 8192, bytes([n % 256]) * 4096) == 0
+    assert (_order(rig), rig.word(Word.DROPPED)) == (order, dropped + 50)
+    kept = {offset for _, _, offset, _ in rig.records()}
+    request = rig.reader.request_drain()
+    until(lambda: rig.reader.drain_ready(request), 5)
+    dirty = {extent.offset + at for extent in rig.reader.dirty_extents(10) for at in range(0, extent.length, 4096)}
+    assert kept | dirty == {n * 8192 for n in range(450)}
+    rig.reader.release(rig.reader.published)
+    until(lambda: rig.word(Word.DROPPING) == 0)
+    assert writer.write(0, b"n" * 512) == 0
+    assert [data for *_, data in rig.records()] == [b"n" * 512]
 
 
 def test_a_client_that_left_just_before_is_noted_once(make: Make) -> None:
@@ -292,14 +315,14 @@ def test_qemus_mirror_under_load_does_not_notice(make: Make) -> None:
     mirror.attach()
     order = _order(rig)
     report = rig.directory / "fio.json"
-    load = mirror.load("--time_based", "--runtime=3", "--rate_iops=5000", "--output-format=json", f"--output={report}")
+    load = mirror.load("--time_based", "--runtime=2", "--rate_iops=5000", "--output-format=json", f"--output={report}")
     moments = 0
-    while load.poll() is None and moments < 8:
+    while load.poll() is None and moments < 5:
         time.sleep(0.2)
         _hand_over(rig)
         moments += 1
     assert load.wait(30) == 0
-    assert moments >= 3  # a busy machine does not fit in more
+    assert moments >= 1  # a busy machine does not fit in more
     assert mirror.job()["status"] == "ready"
     assert _order(rig) == order
     assert rig.word(Word.DROPPED) == 0
