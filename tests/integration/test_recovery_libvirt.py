@@ -285,6 +285,37 @@ def test_failover_then_commit_leaves_standalone_disks_that_boot_again(host):
     host.wait(lambda: "." in host.said(serial)[before:] or "." in host.said(serial), what="boots without the view")
 
 
+@as_user
+def test_a_staged_failover_boots_one_by_one_as_it_was_ordered(host):
+    changes = {"db": {"memory": 48 * MiB, "new_macs": True}}
+    result = host.do("failover_run", **FAILOVER, staged=True, changes=changes)
+    assert (result["state"], host.running()) == ("staged", set()), result
+    assert {machine.name for machine in host.hypervisor.machines()} == {"db", "web"}, "defined"
+    assert f"<memory unit='KiB'>{48 * 1024}</memory>" in host.hypervisor.definition("db")
+    of_db = {"recovery": result["id"], "machine": "db"}
+    with pytest.raises(Exception, match="does not run"):
+        host.recovery.guests.console(of_db, print)
+    assert host.do("boot", recovery=result["id"], machines=["db"])["state"] == "staged"
+    assert host.running() == {"db"}
+    host.wait(lambda: "." in host.recovery.guests.console(of_db, print)["text"], what="its console says so")
+    assert host.do("boot", recovery=result["id"], machines=["web"])["state"] == "running"
+    assert host.running() == {"db", "web"}
+    host.supervise()
+    assert host.do("commit", group="erp")["state"] == "committed"
+
+
+@as_user
+def test_a_staged_test_leaves_nothing_of_what_was_held(host):
+    result = host.do("test_start", group="erp", staged=True)
+    assert (result["state"], host.running()) == ("staged", set())
+    host.do("boot", recovery=result["id"], machines=["web"])
+    assert host.running() == {f"web-test-{result['id']}"}
+    assert host.do("test_stop", id=result["id"])["removed"]
+    assert host.running() == set()
+    assert not (host.home / "scratch" / result["id"]).exists()
+    assert host.rig.store.pins() == {}
+
+
 def _compare(host):
     """Every byte is the checkpoint's, but for sector 1, which the boot sector writes."""
     for name, image in host.rig.marks[1].items():
