@@ -18,6 +18,8 @@ _COMMANDS = {
     "group.remove": "group delete",
     "failover.run": "failover",
     "fence.note": "fence",
+    "appliance.note": "appliance",
+    "certificate.install": "certificate renew",
     "failover.hold": "failover --cancel-auto",
     "switchover.run": "switchover (boot)",
     "handover.run": "switchover (hand over)",

@@ -25,8 +25,10 @@ WRITE_PIECE = 256 * 1024
 #: Received messages that wait for their reader; beyond it the socket is not read.
 RECEIVED_LIMIT = 4 * 1024 * 1024
 #: Half-open connections at once. One more turns out the oldest of the address that has most of them, so that a crowd
-#: that says nothing keeps nobody out.
+#: that says nothing keeps nobody out; but none that is younger than PATIENCE, so that hundreds of shippers that dial
+#: at once, after a restart, have their turn.
 MAX_HANDSHAKES = 64
+PATIENCE = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -259,8 +261,9 @@ class Listener:
         self._serve = serve
         self._rejected = rejected
         self._sock: socket.socket | None = None
-        #: Tasks that shake hands, oldest first, and whom with.
-        self._half_open: dict[asyncio.Task[None], str] = {}
+        #: Tasks that shake hands, oldest first, whom with, and since when.
+        self._half_open: dict[asyncio.Task[None], tuple[str, float]] = {}
+        self._room = asyncio.Event()
         self.port = 0
 
     def bind(self) -> None:
@@ -287,23 +290,33 @@ class Listener:
         with self._sock as sock:
             async with asyncio.TaskGroup() as tasks:
                 while True:
+                    await self._make_room()
                     try:
                         accepted, address = await loop.sock_accept(sock)
                     except OSError as exc:  # e.g. out of descriptors: others' connections must go on
                         log.warning("accept: %s", exc)
                         await asyncio.sleep(0.5)
                         continue
-                    if len(self._half_open) >= MAX_HANDSHAKES:
-                        self._turn_out()
                     task = tasks.create_task(self._one(accepted, f"{address[0]}:{address[1]}"))
-                    self._half_open[task] = address[0]
+                    self._half_open[task] = address[0], loop.time()
 
-    def _turn_out(self) -> None:
-        """Make room for one more: the oldest of the address that holds most of the places."""
-        [(crowd, _)] = Counter(self._half_open.values()).most_common(1)
-        oldest = next(task for task, address in self._half_open.items() if address == crowd)
+    async def _make_room(self) -> None:
+        """Until one more may shake hands; who comes meanwhile waits in the kernel's queue."""
+        while len(self._half_open) >= MAX_HANDSHAKES and not self._turn_out(asyncio.get_running_loop().time()):
+            self._room.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE / 10):
+                    await self._room.wait()
+
+    def _turn_out(self, now: float) -> bool:
+        """Make room for one more: the oldest of the address that holds most of the places, unless it is young."""
+        [(crowd, _)] = Counter(address for address, _ in self._half_open.values()).most_common(1)
+        oldest, since = next((task, since) for task, (address, since) in self._half_open.items() if address == crowd)
+        if now - since < PATIENCE:
+            return False
         del self._half_open[oldest]
         oldest.cancel()
+        return True
 
     async def _one(self, sock: socket.socket, address: str) -> None:
         try:
@@ -325,6 +338,7 @@ class Listener:
             raise ProtocolViolation(f"no TLS handshake from {address}: others waited for its place") from None
         finally:
             self._half_open.pop(task, None)
+            self._room.set()
         try:
             await self._serve(connection)
         finally:
