@@ -11,6 +11,8 @@ from drctl.errors import ApplianceUnreachable, DrctlError
 
 #: Longest that the receiver's answer is waited for: it ends a connection and closes a store.
 _SECONDS = 20.0
+#: The same at the supervisor's start, which must not wait for a receiver that hangs.
+_LOOK_SECONDS = 3.0
 
 
 class HeldStores:
@@ -37,6 +39,6 @@ class HeldStores:
     def forgotten(self) -> None:
         """Let go of what an earlier supervisor held when it ended. Call it once, before anything is held."""
         with suppress(DrctlError):
-            groups = self._client.call("status", timeout=_SECONDS)["groups"]
+            groups = self._client.call("status", timeout=_LOOK_SECONDS)["groups"]
             for name in [name for name, told in groups.items() if told["released"]]:
                 self.let_go(name)
