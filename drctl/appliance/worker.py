@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 BYTES_PER_SLOT = 2048
 #: A tap whose heartbeat is older is not believed (it beats at least every 100 ms).
 FRESH_SECONDS = 1.0
-#: A tap of another version that did not hand over is left alone for so long: it serves as well as before.
-HANDOVER_SECONDS = 60.0
+#: A tap of another version that did not hand over is left alone for so long, and longer each time: it serves as well
+#: as before, and on a busy machine the next try may do.
+HANDOVER_SECONDS = 5.0
+HANDOVER_LONGEST = 300.0
 #: A shipper beats each 100 ms; one that is silent for so long is stopped or stuck.
 HUNG_SHIPPER_SECONDS = 5.0
 _PAGE = 4096
@@ -44,6 +46,7 @@ class Worker:
         self._processes = processes
         self._ring: Ring | None = None
         self._handover_due = 0.0
+        self._handover_pause = 0.0
         run = home.run
         self.ring_path = run / "rings" / f"{group}.ring"
         self.socket_path = run / "taps" / f"{group}.sock"
@@ -187,13 +190,15 @@ class Worker:
         now = time.monotonic()
         if now < self._handover_due or not handover_path(self.ring_path).exists():
             return
-        self._handover_due = now + HANDOVER_SECONDS
+        self._handover_pause = min(max(2 * self._handover_pause, HANDOVER_SECONDS), HANDOVER_LONGEST)
+        self._handover_due = now + self._handover_pause
         try:
             done = self._processes.succeed(self._tap_name, _TAP, ["--heir", *arguments], self._serves)
         except StepFailed as exc:
             log.warning("%s: %s", self._group, exc.message)
             return
         if done:
+            self._handover_pause = 0.0
             log.info("%s: a tap of this version has taken over (%d)", self._group, self.tap_pid())
         else:
             log.warning("%s: the tap of another version did not hand over, and goes on; see its log", self._group)
