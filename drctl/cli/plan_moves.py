@@ -125,6 +125,12 @@ class MoveSite(GroupSite):
                 groups.add(name)
         return frozenset(groups), frozenset(up)
 
+    def gone(self, done: frozenset[str]) -> list[str]:
+        """Groups that were moved by steps that are `done`, and are not at their recovery sites any more: somebody, or
+        the clock, has rolled them back since. Raises DrctlError."""
+        moved = [name for name in self._hosts if f"group:{name}/recover" in done]
+        return [name for name in moved if recovery.reigning(self._status(name)) is None]
+
     def machine(self, group: str, name: str) -> Mapping[str, Any]:
         try:
             found = recovery.reigning(self._status(group))

@@ -199,6 +199,8 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
         mode, options = Mode(record.mode), _options(record)
         site = DrillSite(context, plan.groups, name) if mode is Mode.TEST else _moved(context, plan, record)
         again = reopened(record)
+        if isinstance(site, MoveSite) and again.ending is None:
+            _demand_there(site, again)
         recovered, up = site.standing(again.ending)
         progress = replace(again.progress(), recovered=recovered, up=up)
         stock = from_appliances(context, plan.groups)
@@ -249,6 +251,15 @@ def _order(site: MoveSite) -> dict[str, Any]:
         "checkpoints": site.chosen,
         "moved_before": sorted(site.before),
     }
+
+
+def _demand_there(site: MoveSite, record: RunRecord) -> None:
+    """Raises Refused when a group that the run had moved was rolled back since: to move it again is a new decision."""
+    if gone := site.gone(record.progress().done):
+        raise Refused(
+            f"{', '.join(gone)}: rolled back since {record.run} moved it",
+            hint=f"begin a new run: drctl plan run {record.plan} --mode {record.mode}",
+        )
 
 
 def _moved(context: Context, plan: Plan, record: RunRecord) -> MoveSite:

@@ -288,3 +288,13 @@ def test_the_forecast_of_a_dry_run(plans) -> None:
     assert (result.code, result.json["forecast"]["loss_seconds"]) == (0, {"web": 0.0})
     assert plans.clock.now == NOW
     assert order_of(plans) == []
+
+
+@pytest.mark.parametrize("arguments", [(*SWITCHOVER, "--yes"), (*FAILOVER, *DOWN)])
+def test_what_was_rolled_back_meanwhile_is_not_moved_again_by_resume(plans, arguments) -> None:
+    write(plans, check="false")
+    assert plans(*arguments).code == 40
+    assert plans("rollback", "web", "--yes").code == 0
+    result = plans("run", "resume", runs_of(plans)[0]["run"], "--yes")
+    assert (result.code, "web: rolled back since" in result.err) == (14, True)
+    assert len([name for name in order_of(plans) if name in ("failover.run", "switchover.run")]) == 1
