@@ -49,6 +49,7 @@ COMMANDS = {
     "explain": Entry("explain", "Explain an exit code or an error's name."),
     "site": Entry("site", "Sites of the configuration."),
     "host": Entry("host", "Hypervisor hosts."),
+    "esx": Entry("esx", "ESX hosts."),
     "vm": Entry("vm", "Machines on the hosts, and which of them are protected."),
     "certificate": Entry("certificate", "Certificates of the appliances."),
     "appliance": Entry("appliance", "The replication service of a host."),

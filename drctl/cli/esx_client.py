@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from drctl.hypervisor.esx.session import Runner
 
 
+NOT_YET = "an ESX host can be looked at, not yet protected"
+
+
 class EsxClient:
     """A ClientLike of one ESX host. vim-cmd is slow: a caller's limit of a few seconds is not kept to."""
 
@@ -36,7 +39,7 @@ class EsxClient:
             )
         inventory = self._host.inventory()
         if method == "machine.list":
-            return [asdict(one.machine) for one in inventory.machines]
+            return [_as_json(one) for one in inventory.machines]
         return {
             "state": "none",
             "uri": f"esx://{self._address}",
@@ -47,6 +50,12 @@ class EsxClient:
             },
             "findings": list(examine(inventory)),
         }
+
+
+def _as_json(machine: EsxMachine) -> dict[str, Any]:
+    """As an appliance tells a machine. No disk of an ESX host can be replicated by this version: it says so."""
+    told = asdict(machine.machine)
+    return told | {"disks": [disk | {"refusal": disk["refusal"] or NOT_YET} for disk in told["disks"]]}
 
 
 def examine(inventory: Inventory) -> Iterator[dict[str, str]]:

@@ -199,8 +199,7 @@ class EsxSim:
         self.hostd = Hostd(self.root, self.profile)
         for name, kind in stores:
             self.add_store(name, kind, size)
-        if self.profile.sftp if sftp is None else sftp:
-            _add_sftp(self.root)
+        self._sftp = self.profile.sftp if sftp is None else sftp
         self.failures = 0
         self.log: list[str] = []
         self.shells: list[Shell] = []
@@ -274,6 +273,8 @@ class EsxSim:
 
     def start(self) -> EsxSim:
         place = parts()
+        if self._sftp:
+            _add_sftp(self.root)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])

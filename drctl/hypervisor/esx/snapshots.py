@@ -72,7 +72,7 @@ class Snapshots:
         """Make a snapshot without memory; nothing when one of this name is there. Waits until it is.
 
         Raises HypervisorRefused: then there is none, or it comes later and `remove` of the same name finds it."""
-        if self._confirmed(machine, name) is not None:
+        if self._settled(machine, name, timeout) is not None:
             return
         # All five words: with one left out the others mean something else.
         command = ["vim-cmd", "vmsvc/snapshot.create", machine.id, name, "replication", "0", "1" if quiesce else "0"]
@@ -88,9 +88,8 @@ class Snapshots:
         Raises HypervisorRefused for a name that is not ours, and when two have it."""
         if owner(name) is None:
             raise HypervisorRefused(f"{machine.name}: snapshot {name!r} is not ours: it stays", machine=machine.name)
-        found = self._confirmed(machine, name)
+        found = self._settled(machine, name, timeout)
         if found is None:
-            self._wait(machine, name, False, timeout)  # an earlier removal may still merge
             return
         command = ["vim-cmd", "vmsvc/snapshot.remove", machine.id, found.id]
         answer, left, busy = self._change(machine, name, command, timeout)
@@ -99,11 +98,23 @@ class Snapshots:
         if left is not None or busy:
             self._wait(machine, name, False, timeout)
 
-    def _confirmed(self, machine: EsxMachine, name: str) -> Snapshot | None:
-        """The snapshot of this name, of a machine that still has its number."""
-        summary, tree = self._host.session.run(_summary(machine), _tree(machine))
-        self._host.confirm(machine, summary)
-        return self._pick(machine, name, tree)
+    def _settled(self, machine: EsxMachine, name: str, timeout: float) -> Snapshot | None:
+        """The snapshot of this name, of a machine that still has its number, when no task of it runs any more.
+
+        One that was begun before a connection was lost may still be on its way: a second would have the same name."""
+        waited = 0.0
+        while True:
+            told = self._host.session.run(_summary(machine), _tasks(machine), _tree(machine))
+            self._host.confirm(machine, told[0])
+            if not self._is_busy(told[1]):
+                return self._pick(machine, name, told[2])
+            if waited >= timeout:
+                raise HypervisorRefused(
+                    f"{self._host.name}: a snapshot of {machine.name} is being made or merged since {waited:.0f} s",
+                    machine=machine.name,
+                )
+            self._sleep(POLL_SECONDS)
+            waited += POLL_SECONDS
 
     def _change(
         self, machine: EsxMachine, name: str, command: Sequence[str], timeout: float
