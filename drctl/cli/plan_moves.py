@@ -50,8 +50,16 @@ class MoveSite(GroupSite):
         self.chosen: dict[str, str] = {}
         #: Groups that had been moved before the run began: it does not undo what it did not do.
         self.before: frozenset[str] = frozenset()
-        self.ways = [
-            f"when the service is healthy: drctl commit {name}; to undo it: drctl rollback {name}" for name in groups
+        #: Groups that are known to be at their recovery sites.
+        self._there: set[str] = set()
+
+    @property
+    def ways(self) -> list[str]:
+        """Of each group that was moved, how to go on with it."""
+        return [
+            f"when the service is healthy: drctl commit {name}; to undo it: drctl rollback {name}"
+            for name in self._hosts
+            if name in self._there
         ]
 
     @contextmanager
@@ -93,8 +101,10 @@ class MoveSite(GroupSite):
     def recover(self, order: Recovery, cancelled: threading.Event) -> Mapping[str, Any]:
         del cancelled  # what an appliance has begun it goes on with
         if (standing := self._standing(order.group)) is not None:
+            self._there.add(order.group)
             return recovered_facts(standing)
         result, facts = self.move(order)
+        self._there.add(order.group)
         return {**facts, **recovered_facts(result)}
 
     def hold(self, group: str) -> Mapping[str, Any]:
@@ -119,6 +129,7 @@ class MoveSite(GroupSite):
         for name in self._hosts:
             found = self._standing(name)
             if found is not None:
+                self._there.add(name)
                 up |= {(name, str(one["name"])) for one in found["machines"] if one.get("state") == "running"}
             # Of one that is to be undone nobody needs to know how far it came: undoing looks for itself.
             if found is not None or ending is Ending.UNDO:

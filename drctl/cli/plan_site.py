@@ -30,8 +30,10 @@ _GONE = ("stopped",)
 class GroupSite(ABC):
     """What a run needs of the recovery sites (plan.perform.RecoverySite), where a mode makes no difference."""
 
-    #: What is said at the end of a run about how to go on, line by line.
-    ways: Sequence[str] = ()
+    @property
+    def ways(self) -> Sequence[str]:
+        """What is said at the end of a run about how to go on, line by line."""
+        return ()
 
     @abstractmethod
     def recover(self, order: Recovery, cancelled: threading.Event) -> Mapping[str, Any]:

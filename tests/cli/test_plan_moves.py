@@ -231,6 +231,7 @@ def test_a_switchover_that_is_called_off_leaves_nothing_to_undo(plans) -> None:
     result = plans(*SWITCHOVER, "--yes")
     assert (result.code, "db did not power off" in result.err) == (40, True)
     assert (plans.beta.called("switchover.run"), plans.beta.called("rollback")) == ([], [])
+    assert "to undo it" not in result.err
 
 
 def test_what_can_not_be_rolled_back_is_44(plans) -> None:
