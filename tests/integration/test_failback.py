@@ -96,10 +96,14 @@ class Sites:
         self.drctl("commit", GROUP, "--yes")
 
     def comes_back(self, name):
+        """It has heard that it is superseded, and has let go of the disks."""
+
+        def heard():
+            status = self.call(name, "group.status", role="source")
+            return status["phase"] == "failed-over" and not status["epoch"]
+
         self.faults.up()
-        self.faults.await_(
-            lambda: self.call(name, "group.status", role="source")["phase"] == "failed-over", f"{name} knows", 60
-        )
+        self.faults.await_(heard, f"{name} knows", 60)
 
     def victims(self):
         """Processes that a failback from beta to alpha goes through, as far as they are there: (name, pid)."""
