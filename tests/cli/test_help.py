@@ -30,7 +30,7 @@ CHANGING = {
     "link limit set", "link limit clear", "checkpoint export", "restore disk", "restore files",
 }  # fmt: skip
 #: For other programs: a service, a monitoring plugin and a scraper know no --output.
-SERVICE = {"appliance run", "check", "metrics", "plan schema", "support-bundle"}
+SERVICE = {"appliance run", "check", "metrics", "plan schema", "support-bundle", "esx capture"}
 
 
 def commands() -> dict[str, object]:
