@@ -5,79 +5,139 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import msgspec
 
 from drctl.errors import ApplianceUnreachable, DrctlError, HypervisorRefused
-from drctl.model.extent import MiB
+from drctl.model.extent import Extent, MiB
 from drctl.wire.nbd_client import Failed, NbdClient, ReadDone, Ready, StatusDone
 
 #: The shortest hole worth asking again for.
 SHORT_HOLE = MiB
 #: NBD_STATE_ZERO of base:allocation.
 _HOLE_READS_ZERO = 2
-RECEIVE_CHUNK = 1 * MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Where a disk can be read: a unix socket and the export's name there."""
+    """Where a disk can be read: a unix socket and the export's name there; and a file with what of it is to be read,
+    [[offset, length], …] ("": all)."""
 
     socket: str
     export: str
+    extents: str = ""
+
+    def ranges(self) -> list[Extent] | None:
+        """What is to be read; None: all. Raises HypervisorRefused when the file is not there or damaged."""
+        if not self.extents:
+            return None
+        try:
+            rows = msgspec.json.decode(Path(self.extents).read_bytes(), type=list[tuple[int, int]])
+        except (OSError, msgspec.DecodeError) as exc:
+            raise HypervisorRefused(f"{self.extents}: {exc}") from exc
+        return [Extent(offset, length) for offset, length in rows if length > 0]
+
+
+class _Protocol(asyncio.BufferedProtocol):
+    """What the server sends goes straight to where a read wants it."""
+
+    def __init__(self, client: NbdClient, take: Callable[[object], None]) -> None:
+        self._client = client
+        self._take = take
+        self._transport: asyncio.Transport | None = None
+        self.failure: DrctlError = ApplianceUnreachable("the NBD server closed the connection")
+        self.entered = asyncio.Event()
+        self.closed = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are of no common class
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._client.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        assert self._transport is not None
+        try:
+            events = self._client.buffer_updated(nbytes)
+        except DrctlError as exc:
+            self.failure = exc
+            self._transport.abort()
+            return
+        if self._client.ready is None:
+            self._transport.write(self._client.take_output())
+        else:
+            self.entered.set()
+        for event in events:
+            self._take(event)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self.failure = ApplianceUnreachable(f"the NBD connection broke: {exc}")
+        self.closed.set()
+        self.entered.set()
 
 
 class DiskConnection:
-    """One NBD connection, many requests in flight. `run` must be running for requests to be answered."""
+    """One NBD connection, many requests in flight."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: NbdClient) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._client = client
+    def __init__(self, export: Export) -> None:
+        self._client = NbdClient(export.export)
+        self._protocol = _Protocol(self._client, self._dispatch)
+        self._transport: asyncio.Transport | None = None
         self._waiting: dict[int, asyncio.Future[ReadDone | StatusDone]] = {}
         self._cookies = itertools.count(1)
-        assert client.ready is not None
-        self.ready: Ready = client.ready
+
+    @property
+    def ready(self) -> Ready:
+        """What the server said of the disk."""
+        assert self._client.ready is not None
+        return self._client.ready
 
     @classmethod
     async def open(cls, export: Export, timeout: float = 10.0) -> DiskConnection:
         """Enter the export. Raises ApplianceUnreachable, NotFound or ProtocolViolation."""
-        client = NbdClient(export.export)
+        made = cls(export)
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):
-                reader, writer = await asyncio.open_unix_connection(export.socket, limit=2 * RECEIVE_CHUNK)
-                while client.ready is None:
-                    client.receive(await _some(reader))
-                    writer.write(client.take_output())
-        except (OSError, EOFError, TimeoutError) as exc:
+                transport, _ = await loop.create_unix_connection(lambda: made._protocol, export.socket)
+                made._transport = transport
+                await made._protocol.entered.wait()
+        except (OSError, TimeoutError) as exc:
+            await made.close()
             raise ApplianceUnreachable(f"{export.socket}: {exc or 'no answer in time'}") from exc
-        return cls(reader, writer, client)
+        if made._client.ready is None:
+            raise made._protocol.failure
+        return made
 
     async def run(self) -> None:
-        """Pass answers on until the connection ends; then all that wait fail."""
-        failure: DrctlError = ApplianceUnreachable("the NBD server closed the connection")
+        """Until the connection ends; then all that wait fail."""
         try:
-            while data := await self._reader.read(RECEIVE_CHUNK):
-                for event in self._client.receive(data):
-                    self._dispatch(event)
-        except OSError as exc:
-            failure = ApplianceUnreachable(f"the NBD connection broke: {exc}")
-        except DrctlError as exc:
-            failure = exc
+            await self._protocol.closed.wait()
         finally:
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(failure)
-            self._waiting.clear()
+            self._fail()
+
+    def _fail(self) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(self._protocol.failure)
+        self._waiting.clear()
 
     def _dispatch(self, event: object) -> None:
         if isinstance(event, ReadDone | StatusDone):
-            future = self._waiting.pop(event.cookie)
-            if not future.done():
+            future = self._waiting.pop(event.cookie, None)
+            if future is not None and not future.done():
                 future.set_result(event)
         elif isinstance(event, Failed):
-            future = self._waiting.pop(event.cookie)
-            if not future.done():
+            future = self._waiting.pop(event.cookie, None)
+            if future is not None and not future.done():
                 future.set_exception(HypervisorRefused(f"the disk can't be read: {event.message}"))
 
     async def read(self, offset: int, length: int) -> bytearray:
@@ -98,24 +158,21 @@ class DiskConnection:
         return _first_run(done.extents, length)
 
     async def _ask(self, cookie: int, request: bytes) -> ReadDone | StatusDone:
+        if self._protocol.closed.is_set() or self._transport is None:
+            raise self._protocol.failure
         future: asyncio.Future[ReadDone | StatusDone] = asyncio.get_running_loop().create_future()
         self._waiting[cookie] = future
         try:
-            self._writer.write(request)
+            self._transport.write(request)
         except (OSError, RuntimeError) as exc:
             raise ApplianceUnreachable(f"the NBD connection broke: {exc}") from exc
         return await future
 
     async def close(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            self._writer.write(self._client.disconnect())
-            self._writer.close()
-
-
-async def _some(reader: asyncio.StreamReader) -> bytes:
-    if data := await reader.read(RECEIVE_CHUNK):
-        return data
-    raise EOFError("the server closed the connection")
+        if self._transport is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._transport.write(self._client.disconnect())
+                self._transport.close()
 
 
 def _first_run(extents: tuple[tuple[int, int], ...], length: int) -> tuple[int, bool]:

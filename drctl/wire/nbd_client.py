@@ -1,17 +1,19 @@
 """The client's half of one NBD connection, sans-IO: reads and block status of one export, many in flight.
 
 The shell writes `take_output()`, passes what it received to `receive()`, and after Ready asks with `read` and
-`block_status`, whose bytes it writes. Cookies are the caller's own, unique among requests in flight; replies come in
-any order. Used by the reader against QEMU's own export.
+`block_status`, whose bytes it writes. Or it receives into `get_buffer()` and tells by `buffer_updated()` how much: then
+a read's data goes from the socket to its place without a copy. Cookies are the caller's own, unique among requests in
+flight; replies come in any order. Used by the reader against QEMU's own export.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from drctl.errors import NotFound, ProtocolViolation
 from drctl.wire import nbd
+from drctl.wire.nbd_pending import Pending, check_covered
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +66,8 @@ class Failed:
 Event = Ready | ReadDone | StatusDone | Done | Failed
 
 
-@dataclass(slots=True)
-class _Pending:
-    command: int
-    offset: int
-    length: int
-    data: bytearray = field(default_factory=bytearray)
-    covered: list[tuple[int, int]] = field(default_factory=list)
-    extents: list[tuple[int, int]] = field(default_factory=list)
-    error: int = 0
-    message: str = ""
+#: Received at once where no data is due: replies' heads, block status, and what of a payload comes along with them.
+_HEADS = 16384
 
 
 class NbdClient:
@@ -85,10 +79,13 @@ class NbdClient:
         self._export = export
         self._buffer = bytearray()
         self._position = 0
+        self._heads = memoryview(bytearray(_HEADS))
+        #: The last `get_buffer` was the target's own memory.
+        self._direct = False
         self._output: list[bytes] = []
         self._stage: Callable[[], bool] = self._hello
         self._events: list[Event] = []
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         # The read whose data is arriving: where it goes, and how many bytes are to come.
         self._target: memoryview | None = None
         self._filled = 0
@@ -137,10 +134,29 @@ class NbdClient:
             raise ValueError("a request before Ready, or a cookie that is in flight")
         if offset + length > self._size:
             raise ValueError(f"{offset}+{length} is beyond the end, {self._size}")
-        self._pending[cookie] = _Pending(command, offset, length)
+        self._pending[cookie] = Pending(command, offset, length)
         return nbd.REQUEST.pack(nbd.NBD_REQUEST_MAGIC, 0, command, cookie, offset, length)
 
     # --- reception
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes are to be received; of use until `buffer_updated`."""
+        self._direct = self._target is not None and self._position >= len(self._buffer)
+        if self._target is not None and self._direct:
+            return self._target[self._filled :]
+        return self._heads
+
+    def buffer_updated(self, count: int) -> list[Event]:
+        """What `count` bytes in the buffer complete. Raises as `receive`."""
+        if not self._direct:
+            return self.receive(self._heads[:count])
+        assert self._target is not None
+        self._filled += count
+        if self._filled == len(self._target):
+            self._target = None
+            self._then()
+        events, self._events = self._events, []
+        return events
 
     def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
         """What the bytes complete. Raises ProtocolViolation or NotFound: then the connection must end."""
@@ -278,7 +294,7 @@ class NbdClient:
             return self._structured_reply()
         raise ProtocolViolation("the NBD server sent no reply where one was due")
 
-    def _of(self, cookie: int) -> _Pending:
+    def _of(self, cookie: int) -> Pending:
         pending = self._pending.get(cookie)
         if pending is None:
             raise ProtocolViolation(f"the NBD server replied to cookie {cookie}, which is not in flight")
@@ -320,7 +336,7 @@ class NbdClient:
             self._finish(cookie)
         return True
 
-    def _offset_data(self, cookie: int, pending: _Pending, length: int, last: bool) -> bool:
+    def _offset_data(self, cookie: int, pending: Pending, length: int, last: bool) -> bool:
         if length <= 8:
             raise ProtocolViolation(f"the NBD server announced a chunk of data of {length} bytes")
         if not self._have(nbd.STRUCTURED_REPLY.size + 8):
@@ -333,13 +349,13 @@ class NbdClient:
         self._expect(target, (lambda: self._finish(cookie)) if last else _nothing)
         return True
 
-    def _cover(self, pending: _Pending, offset: int, length: int) -> None:
+    def _cover(self, pending: Pending, offset: int, length: int) -> None:
         inside = pending.offset <= offset and offset + length <= pending.offset + pending.length
         if pending.command != nbd.NBD_CMD_READ or length <= 0 or not inside:
             raise ProtocolViolation("the NBD server sent data that was not asked for")
         pending.covered.append((offset, length))
 
-    def _chunk(self, kind: int, pending: _Pending, body: bytes) -> None:
+    def _chunk(self, kind: int, pending: Pending, body: bytes) -> None:
         if kind & nbd.NBD_REPLY_TYPE_ERROR_BIT:
             if len(body) < 6:
                 raise ProtocolViolation("the NBD server's error chunk is malformed")
@@ -352,7 +368,7 @@ class NbdClient:
         elif kind != nbd.NBD_REPLY_TYPE_NONE:
             raise ProtocolViolation(f"the NBD server sent a malformed chunk of type {kind}")
 
-    def _status(self, pending: _Pending, body: bytes) -> None:
+    def _status(self, pending: Pending, body: bytes) -> None:
         if pending.command != nbd.NBD_CMD_BLOCK_STATUS or int.from_bytes(body[:4], "big") != self._allocation_id:
             raise ProtocolViolation("the NBD server sent block status that was not asked for")
         pending.extents.extend(nbd.BLOCK_DESCRIPTOR.iter_unpack(body[4:]))
@@ -363,7 +379,7 @@ class NbdClient:
             message = pending.message or nbd.ERROR_NAMES.get(pending.error, f"error {pending.error}")
             self._events.append(Failed(cookie, pending.error, message))
         elif pending.command == nbd.NBD_CMD_READ:
-            _check_covered(pending)
+            check_covered(pending)
             self._events.append(ReadDone(cookie, pending.offset, pending.data))
         elif pending.command == nbd.NBD_CMD_BLOCK_STATUS:
             if not pending.extents or any(length == 0 for length, _ in pending.extents):
@@ -375,14 +391,3 @@ class NbdClient:
 
 def _nothing() -> None:
     """What follows a chunk that is not the last."""
-
-
-def _check_covered(pending: _Pending) -> None:
-    """Raises ProtocolViolation unless the chunks cover the read exactly: a gap would be served as zeroes."""
-    position = pending.offset
-    for offset, length in sorted(pending.covered):
-        if offset != position:
-            raise ProtocolViolation("the NBD server left a gap in a read, or sent a part twice")
-        position += length
-    if position != pending.offset + pending.length:
-        raise ProtocolViolation("the NBD server sent less than was asked for")

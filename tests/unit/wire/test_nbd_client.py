@@ -207,3 +207,38 @@ def test_garbage_never_does_more_than_break_the_protocol(garbage: bytes, later: 
         client.read(1, 0, 4096)
     with suppress(ProtocolViolation, NotFound):
         client.receive(garbage)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 15), st.integers(1, 5)), min_size=1, max_size=6),
+    st.lists(st.integers(40, 200_000), min_size=1, max_size=12),
+    st.booleans(),
+)
+def test_what_is_received_into_the_clients_memory_is_the_same(
+    reads: list[tuple[int, int]], sizes: list[int], structured: bool
+) -> None:
+    """However much comes at once, and wherever a reply's head ends."""
+    server, client = ready(structured=structured)
+    other = ready(structured=structured)[1]
+    answers = b""
+    for cookie, (place, length) in enumerate(reads):
+        request = client.read(cookie, place * 32768, length * 32768)
+        other.read(cookie, place * 32768, length * 32768)
+        ((_, _, _, offset, size, _),) = server.receive(request)
+        pieces = [length * 16384, CONTENT[offset : offset + length * 16384]] if cookie % 2 else None
+        if pieces:
+            answers += b"".join(map(bytes, server.read_reply(cookie, offset, pieces)))
+        else:
+            data = CONTENT[offset : offset + size]
+            answers += b"".join(map(bytes, server.data(cookie, offset, data)))
+    events: list[Event] = []
+    at = turn = 0
+    while at < len(answers):
+        buffer = client.get_buffer()
+        count = min(len(buffer), sizes[turn % len(sizes)], len(answers) - at)
+        buffer[:count] = answers[at : at + count]
+        events += client.buffer_updated(count)
+        at, turn = at + count, turn + 1
+    assert events == other.receive(answers)
+    assert [event.cookie for event in events] == list(range(len(reads)))
