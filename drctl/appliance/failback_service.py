@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
 #: A caller that hears nothing for so long hears at least that the work goes on.
 TELL_SECONDS = 1.0
+#: A source that has just heard that it is superseded needs a moment to let go of its disks.
+DETACH_SECONDS = 10.0
 #: Between two looks for what has been kept long enough.
 SWEEP_SECONDS = 60.0
 
@@ -64,6 +66,7 @@ class FailbackService:
         """{group, disks} → what lies here of them, how it would be used, and what stands in the way."""
         del progress
         name = str(params.get("group"))
+        self._await_detached(name)
         record = self._files.load(name)
         finding = Finding(self._deps.host, self._home.store / name)
         finding.look(list(disks_by_name(params).values()))
@@ -82,6 +85,13 @@ class FailbackService:
 
     def _known(self, name: str) -> GroupState | None:
         return self._deps.sources.state(name) if name in self._deps.sources.names() else None
+
+    def _await_detached(self, name: str) -> None:
+        end = time.monotonic() + DETACH_SECONDS
+        while (known := self._known(name)) is not None and known.phase is Phase.FAILED_OVER and known.epoch:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.1)
 
     def _generation(self, name: str) -> int:
         """The highest that this site knows of the group; 0 when it knows nothing of it."""

@@ -199,6 +199,7 @@ class Site:
 @pytest.fixture
 def alpha(tmp_path, monkeypatch):
     monkeypatch.setattr(seeding, "connected", Seeds.connected)
+    monkeypatch.setattr(failback_service, "DETACH_SECONDS", 0.3)
     yield Site(tmp_path)
     atomic.set_fault(None)
 
@@ -279,6 +280,14 @@ def test_what_stands_in_the_way_is_named_and_nothing_is_done(alpha, spoil, text)
     assert one.exists()
     assert not alpha.root.exists()
     assert alpha.service.told("erp") is None
+
+
+def test_disks_that_are_being_detached_are_waited_for(alpha):
+    alpha.superseded()
+    state = alpha.sources.states["erp"]
+    alpha.sources.states["erp"] = msgspec.structs.replace(state, epoch="e" * 32)
+    threading.Timer(0.1, lambda: alpha.sources.states.update(erp=state)).start()
+    assert alpha.look()["reasons"] == []
 
 
 def test_a_generation_that_is_not_new_is_refused(alpha):
