@@ -47,6 +47,8 @@ class Attaching:
     place: Place
     machines_now: Callable[[], Sequence[Machine]]
     end_pass: Callable[[], None]
+    #: The disks of whose writes a bitmap of QEMU has missed none.
+    recording: Callable[[GroupState, Sequence[Machine]], Collection[int]] = lambda _state, _machines: ()
 
 
 class Attendance:
@@ -105,7 +107,9 @@ class Attendance:
         machines = attaching.machines_now()
         held = self._returning.returning(self._keeper.state, machines, missing)
         # Written down first: whoever comes after a crash here must know that these disks missed writes.
-        self.miss(missing)
+        recorded = set(attaching.recording(self._keeper.state, machines)) & set(missing)
+        self.miss(set(missing) - recorded)
+        self._keeper.change(lambda state: state.with_recorded(recorded))
         for machine in machines:
             if machine.state in RUNNING:
                 self._tapping.attach(self._keeper.state, machine, missing, attaching.place)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -33,14 +34,24 @@ class DiskState(msgspec.Struct, frozen=True):
     left: tuple[int, int, int] | None = None
     left_at: int = 0
     held: int = 0
+    #: A bitmap of QEMU that has all that was written to the disk since before the checkpoint of number `tracked_since`,
+    #: which is durable at the other side and holds all that was written before; "": there is none to be trusted.
+    tracked: str = ""
+    tracked_since: int = 0
 
     def missed(self) -> DiskState:
         """Writes to it may have been missed."""
+        return msgspec.structs.replace(self.recorded(), tracked="", tracked_since=0)
+
+    def recorded(self) -> DiskState:
+        """Writes to it may have been missed, but not by its bitmap, where it has one."""
         return msgspec.structs.replace(self, pass_needed=True, left=None, left_at=0, held=0)
 
     def after_epoch(self) -> DiskState:
         """What is still known of it when the ring is gone: one that had left, and is held there, has missed nothing."""
-        return self if self.left is not None and self.held and not self.pass_needed else self.missed()
+        if self.left is not None and self.held and not self.pass_needed:
+            return self
+        return self.recorded()
 
     @property
     def name(self) -> str:
@@ -129,6 +140,16 @@ class GroupState(msgspec.Struct, frozen=True):
     def with_missed(self, numbers: Container[int]) -> GroupState:
         """These disks were, or may have been, written unseen."""
         disks = tuple(disk.missed() if disk.number in numbers else disk for disk in self.disks)
+        return msgspec.structs.replace(self, disks=disks, sync="")
+
+    def after_pass(self, numbers: Container[int]) -> tuple[DiskState, ...]:
+        """The disks, when a pass over some of them is whole at the other side."""
+        changes: dict[str, Any] = {"pass_needed": False, "tracked": "", "tracked_since": 0}
+        return tuple(msgspec.structs.replace(d, **changes) if d.number in numbers else d for d in self.disks)
+
+    def with_recorded(self, numbers: Container[int]) -> GroupState:
+        """These disks were written, and their bitmaps have it."""
+        disks = tuple(disk.recorded() if disk.number in numbers else disk for disk in self.disks)
         return msgspec.structs.replace(self, disks=disks, sync="")
 
     def with_disks_of(self, other: GroupState) -> GroupState:

@@ -5,18 +5,20 @@ QEMU has one NBD server, and others want it too: it is ours only while a pass ru
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from drctl.appliance.change_tracking import ChangeTracking, write_extents
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import DiskState, GroupState
 from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.process import Processes
 from drctl.appliance.shipper_link import Export
 from drctl.errors import DrctlError
+from drctl.hypervisor import change_bitmap
 from drctl.hypervisor.reader_export import export_start, export_stop
 from drctl.model.machine import Machine
 
@@ -47,6 +49,7 @@ class Passes:
         self._group = group
         self._host = host
         self._processes = processes
+        self.tracking = ChangeTracking(host)
         self._now: _Running | None = None
 
     @property
@@ -59,9 +62,17 @@ class Passes:
         return self._now.mode if self._now else ""
 
     def begin(
-        self, mode: str, numbers: Sequence[int], state: GroupState, machines: Iterable[Machine]
+        self,
+        mode: str,
+        numbers: Sequence[int],
+        state: GroupState,
+        machines: Iterable[Machine],
+        changed: Sequence[int] = (),
     ) -> dict[int, Export]:
-        """Open the disks for reading. Raises HypervisorRefused, then nothing is left open."""
+        """Open the disks for reading, those that `changed` only where their bitmaps say so. Raises HypervisorRefused,
+        then nothing is left open."""
+        machines = list(machines)
+        bitmaps = self.tracking.stop(state, machines, changed) if changed else {}
         exports: dict[int, Export] = {}
         opened: list[str] = []
         servers: list[str] = []
@@ -72,7 +83,7 @@ class Passes:
                     continue
                 if machine.state in RUNNING:
                     opened.append(machine.name)
-                    exports |= self._from_qemu(machine.name, disks)
+                    exports |= self._from_qemu(machine.name, disks, bitmaps)
                 else:
                     for disk in disks:
                         servers.append(self._server_name(disk))
@@ -91,11 +102,26 @@ class Passes:
         self._close(now.machines, now.servers)
         return now.numbers
 
-    def _from_qemu(self, machine: str, disks: Sequence[DiskState]) -> dict[int, Export]:
+    def _from_qemu(self, machine: str, disks: Sequence[DiskState], bitmaps: Mapping[int, str]) -> dict[int, Export]:
         socket = self._socket(machine)
         nodes = {disk.name: self._host.source_node(machine, disk.target) for disk in disks}
-        export_start(partial(self._host.monitor, machine), str(socket), nodes)
-        return {disk.number: Export(str(socket), disk.name) for disk in disks}
+        names = {disk.name: bitmaps[disk.number] for disk in disks if disk.number in bitmaps}
+        export_start(partial(self._host.monitor, machine), str(socket), nodes, names)
+        return {disk.number: Export(str(socket), disk.name, self._extents(socket, disk, names)) for disk in disks}
+
+    def _extents(self, socket: Path, disk: DiskState, names: Mapping[str, str]) -> str:
+        """The file of what a bitmap has; "" where there is none, or it can't be read: all of the disk, then."""
+        if disk.name not in names:
+            return ""
+        path = self._home.run / "exports" / f"{self._group}-{disk.number}.extents"
+        try:
+            extents = change_bitmap.changed(str(socket), disk.name, names[disk.name])
+        except DrctlError as exc:
+            log.warning("%s: all of it is read: %s", disk.name, exc.message)
+            return ""
+        log.info("%s: %d bytes were written while paused", disk.name, sum(extent.length for extent in extents))
+        write_extents(path, extents)
+        return str(path)
 
     def _from_image(self, machine: Machine, disk: DiskState) -> dict[int, Export]:
         facts = next(d for d in machine.disks if d.target == disk.target)
@@ -129,13 +155,20 @@ class Passes:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A pass that has to run now. `equal`: disks that it leaves out because the other side has them as they are.
+    """A pass that has to run now. `equal`: disks that it leaves out because the other side has them as they are;
+    `changed`: disks that differ only where their bitmaps say.
 
     `mode` is "" when none has to run, or the link does not stand."""
 
     mode: str = ""
     numbers: tuple[int, ...] = ()
     equal: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+
+    @property
+    def missed(self) -> list[int]:
+        """Disks of which nothing is known but by reading all of them."""
+        return [number for number in self.numbers if number not in self.changed]
 
 
 def pass_wanted(wants: str, holds: int, state: GroupState, *, dropping: bool) -> Wanted:
@@ -149,13 +182,18 @@ def pass_wanted(wants: str, holds: int, state: GroupState, *, dropping: bool) ->
     if wants == "full":
         equal = tuple(d.number for d in state.disks if not d.pass_needed and (state.equal or 0 < d.held <= holds))
         rest = tuple(number for number in every if number not in equal)
-        return Wanted(wants, rest, equal) if rest else Wanted("clean", (), equal)
+        return Wanted(wants, rest, equal, _changed(rest, holds, state)) if rest else Wanted("clean", (), equal)
     if wants in ("nothing", "dirty") and (pending := tuple(d.number for d in state.disks if d.pass_needed)):
         log.info("%s: disks %s have missed writes", state.spec.name, pending)
-        return Wanted("full", pending)
+        return Wanted("full", pending, (), _changed(pending, holds, state))
     if wants == "dirty" and not dropping:
         return Wanted("dirty", every)
     return Wanted()
+
+
+def _changed(numbers: Sequence[int], holds: int, state: GroupState) -> tuple[int, ...]:
+    disks = [state.disk(number) for number in numbers]
+    return tuple(disk.number for disk in disks if disk.tracked and 0 < disk.tracked_since <= holds)
 
 
 def _protocol(path: str) -> str:

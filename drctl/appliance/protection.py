@@ -93,9 +93,10 @@ class Protection:
         self.boot: BootGuard | None = None  # where the host was booted since the group was last looked after
         self._returning = Returning(host, self.worker)
         self._attendance = Attendance(self, host, self.tapping, self._returning)
-        place = Place(str(self.worker.socket_path), self.worker.start_sink)
-        self._attaching = Attaching(place, partial(self._look_at_machines, anew=True), self._end_pass)
         self._passes = Passes(home, group, host, processes)
+        place = Place(str(self.worker.socket_path), self.worker.start_sink)
+        look, recording = partial(self._look_at_machines, anew=True), self._passes.tracking.recording
+        self._attaching = Attaching(place, look, self._end_pass, recording)
         self.survey = SurveyOrder()
         self._definition = DefinitionFile(home, group, host)
         self._seen = _Seen()
@@ -306,10 +307,10 @@ class Protection:
     def _begin_pass(self, wanted: Wanted) -> None:
         if not self._state.sync:
             if wanted.mode in ("initial", "full"):
-                self._attendance.miss(wanted.numbers)  # already known, but where the other side has lost what it had
+                self._attendance.miss(wanted.missed)  # already known, but where the other side has lost what it had
             self._keep(sync=uuid.uuid4().hex)
         self._seen.stamps = stamps_of_images(self._state, self._seen.machines)
-        exports = self._passes.begin(wanted.mode, wanted.numbers, self._state, self._seen.machines)
+        exports = self._passes.begin(wanted.mode, wanted.numbers, self._state, self._seen.machines, wanted.changed)
         try:
             self.shipper.start_sync(wanted.mode, exports, self._state.sync, wanted.equal)
         except DrctlError:
@@ -324,14 +325,11 @@ class Protection:
         mode, numbers = self._passes.mode, self._passes.end()
         if self.survey.running:
             self.survey.ended(self.shipper.status)
-        # Not of another pass than that for what is missing now.
-        whole = report.sync_done and report.sync_id == self._state.sync
+        whole = report.sync_done and report.sync_id == self._state.sync  # not of another than for what is missing now
         if whole and mode in ("initial", "full", "clean"):
+            self._passes.tracking.forget(self._state, self._seen.machines)
             with self._lock:
-                self._state = msgspec.structs.replace(self._state, equal=False)
-                for number in numbers:
-                    self._state = self._state.with_disk(number, pass_needed=False)
-                self._keep()
+                self._keep(equal=False, disks=self._state.after_pass(numbers))
             now, before = stamps_of_images(self._state, self._seen.machines), self._seen.stamps
             off = [number for number in numbers if number in now and number in before]
             self._attendance.note_left({n: now[n] if now[n] == before[n] else None for n in off})

@@ -20,6 +20,8 @@ from drctl.store import link_limits
 
 #: A report that is older says nothing about now (the shipper reports each second and on every change).
 REPORT_SECONDS = 5.0
+#: Longest that a checkpoint is waited for when a group is paused.
+MARK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Where the reader finds a disk: an NBD unix socket and the export's name there."""
+    """Where the reader finds a disk: an NBD unix socket and the export's name there; and a file that says which
+    extents of it alone are to be read ("": all)."""
 
     socket: str
     export: str
+    extents: str = ""
 
 
 class ShipperLink:
@@ -163,7 +167,7 @@ class ShipperLink:
     def start_sync(
         self, mode: str, exports: dict[int, Export], identity: str = "", equal: Collection[int] = (), **more: Any
     ) -> None:
-        disks = {str(number): {"socket": e.socket, "export": e.export} for number, e in exports.items()}
+        disks = {str(number): asdict(export) for number, export in exports.items()}
         self.call("sync.start", {"mode": mode, "disks": disks, "id": identity, "equal": sorted(equal), **more})
         self.refresh()
 
@@ -171,6 +175,11 @@ class ShipperLink:
         """The definition file was written anew; a shipper that is not there reads it when it starts."""
         with suppress(DrctlError):
             self.call("definition")
+
+    def mark(self) -> int:
+        """Cut a checkpoint now; its number, once it is proven and durable. Raises DrctlError."""
+        order = {"kind": "crash-consistent", "tags": [], "timeout": MARK_SECONDS}
+        return int(self.call("mark", order, timeout_seconds=MARK_SECONDS + 2)["number"])
 
     def cancel_sync(self) -> None:
         with suppress(DrctlError):

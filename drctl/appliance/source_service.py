@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from drctl.appliance.change_tracking import ChangeTracking
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
@@ -44,6 +45,7 @@ class SourceService:
         self._protections: dict[str, Protection] = {}
         self._lock = threading.Lock()
         self._quiescer = Quiescer(host)
+        self._tracking = ChangeTracking(host)
         self._reign = ReignGuard(home, host)
 
     def start(self) -> None:
@@ -202,6 +204,9 @@ class SourceService:
         )
 
     def replicate_pause(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Detach; QEMU keeps what is written until the resume."""
+        protection = self._protection(params)
+        self._tracking.pause(protection, protection.shipper.mark)
         return self._leave(params, Desired.PAUSED, progress)
 
     def resync(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -224,6 +229,7 @@ class SourceService:
         return {"group": name, **findings}
 
     def replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        self._tracking.give_up(self._protection(params))
         return self._leave(params, Desired.STOPPED, progress)
 
     def _leave(self, params: dict[str, Any], desired: Desired, progress: Progress) -> dict[str, Any]:

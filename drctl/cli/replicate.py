@@ -80,7 +80,8 @@ def start(
 def pause(ctx: typer.Context, group: GroupName, dry_run: DryRun = False, yes: Yes = False) -> None:
     """Detach from the disks of a group; what was replicated stays restorable.
 
-    Until it is resumed no new checkpoint is made, and the RPO grows."""
+    Until it is resumed no new checkpoint is made, and the RPO grows. QEMU notes what is written meanwhile, so that the
+    resume reads no more than that; of a guest that is restarted meanwhile all is compared."""
     context = begin(ctx)
     inventory, host, picture = _look(context, group)
     if picture["phase"] == "paused":

@@ -22,16 +22,24 @@ _ORPHAN_SECONDS: Final = 1.0
 
 
 def export_start(
-    monitor: Monitor, socket: str, exports: Mapping[str, str], *, sleep: Callable[[float], None] = time.sleep
+    monitor: Monitor,
+    socket: str,
+    exports: Mapping[str, str],
+    bitmaps: Mapping[str, str] | None = None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Serve the nodes `exports` (export name → node) read-only on a unix socket. What an earlier pass left is replaced.
+    `bitmaps`: of some exports a bitmap that does not record, told to clients that ask for it.
 
     Raises HypervisorRefused when somebody else uses QEMU's NBD server, naming the exports."""
     export_stop(monitor)
     _start_server(monitor, socket, sleep)
     try:
         for number, (name, node) in enumerate(sorted(exports.items())):
-            export = {"id": f"{_PREFIX}{number}", "type": "nbd", "name": name, "writable": False}
+            export: dict[str, Any] = {"id": f"{_PREFIX}{number}", "type": "nbd", "name": name, "writable": False}
+            if bitmap := (bitmaps or {}).get(name):
+                export["bitmaps"] = [bitmap]
             monitor(command("block-export-add", node_name=node, **export))
     except HypervisorRefused:
         monitor(command("nbd-server-stop"))

@@ -135,8 +135,9 @@ class Reader:
             begin = resume.offset if disk == resume.disk else 0
             async with connected(exports[disk]) as (connection, tasks):
                 walk = _Walk(sync, attempt, disk, connection, tasks)
-                if extents is not None:
-                    await self._fetch(walk, begin, extents(disk))
+                ranges = extents(disk) if extents is not None else _ranges(exports[disk])
+                if ranges is not None:
+                    await self._fetch(walk, begin, ranges)
                 elif compares:
                     await self._walk_compared(walk, begin)
                 else:
@@ -285,6 +286,11 @@ class Reader:
         if read.attempt == sync.attempt:
             sync.arrived(read, memoryview(data), zero=zero)
             self._arrived()
+
+
+def _ranges(export: Export) -> Iterator[Range] | None:
+    ranges = export.ranges()
+    return None if ranges is None else iter(ranges)
 
 
 def aligned(position: int, length: int, size: int, *, hole: bool) -> int:

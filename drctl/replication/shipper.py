@@ -219,7 +219,10 @@ class Shipper:
         """{mode, disks {number: {socket, export}}, id, equal [number]} → {mode}; progress is told in the status.
 
         Mode `verify`: {share, rate, seed, confirm, repair} besides."""
-        exports = {int(n): Export(str(disk["socket"]), str(disk["export"])) for n, disk in params["disks"].items()}
+        exports = {
+            int(number): Export(str(disk["socket"]), str(disk["export"]), str(disk.get("extents") or ""))
+            for number, disk in params["disks"].items()
+        }
         if params["mode"] == VERIFY:
             wanted = {name: params[name] for name in ("share", "rate", "seed", "confirm") if name in params}
             self._sync.verify(exports, msgspec.convert(wanted, Order), repair=bool(params.get("repair")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from uuid import uuid4
 
 from drctl.errors import DrctlError, WrongPhase
@@ -179,7 +179,7 @@ class SyncJob:
             # An initial sync can only be what the receiver asked for; else it is a full pass through the journal.
             real = "initial" if needs is Needs.INITIAL else "full"
             sizes = {number: size for number, size in self._state.ring.disks.items() if number in exports}
-            await self._pass(Sync(identity, real, sizes, sum(sizes.values())), exports, None)
+            await self._pass(Sync(identity, real, sizes, _total(sizes, exports)), exports, None)
 
     async def _pass(self, wanted: Sync, exports: dict[int, Export], extents: Extents | None) -> None:
         sync = self._state.progress.start_sync(wanted)
@@ -222,3 +222,11 @@ class SyncJob:
         total = sum(extent.length for disk in sizes for extent in ring.dirty_extents(disk))
         await self._pass(Sync(uuid4().hex, "dirty", sizes, total), exports, ring.dirty_extents)
         ring.clear_inactive()
+
+
+def _total(sizes: Mapping[int, int], exports: Mapping[int, Export]) -> int:
+    """Bytes that a pass goes over: of some disks parts only."""
+    ranges = {number: exports[number].ranges() for number in sizes}
+    return sum(
+        sizes[number] if parts is None else sum(part.length for part in parts) for number, parts in ranges.items()
+    )
