@@ -108,6 +108,9 @@ class SyncJob:
             state.progress.cancel_sync()
             state.sync_job, state.sync_error = "failed", str(exc)
         finally:
+            if state.sync_job == "running":  # a bug, told by asyncio in the log; nobody may wait for it for ever
+                state.progress.cancel_sync()
+                state.sync_job, state.sync_error = "failed", "it ended unexpectedly; see the shipper's log"
             state.changed.set()
             state.wake.set()
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.integration.fault_rig import GROUP, protect
-from tests.integration.link_rig import MiB, until
+from tests.integration.link_rig import MiB, call, until
 from tests.integration.test_returning import Lives
 
 BLOCK = 65536
@@ -45,6 +45,24 @@ def test_only_what_the_file_of_extents_names_is_read(make_rig, tmp_path):
     told = rig.mark()
     assert rig.view(told["number"]) == {1: rig.guest.disk(1), 2: rig.guest.disk(2)}
     assert rig.check_all() >= 1
+
+
+@pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="needs qemu-nbd (qemu-utils)")
+def test_extents_beyond_the_disk_end_the_pass_and_not_the_stream(make_rig, tmp_path):
+    rig = make_rig()
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    extents = tmp_path / "extents.json"
+    extents.write_text(json.dumps([[0, 4096], [1 << 40, 4096]]))
+    disk = {**rig.exports["1"], "extents": str(extents)}
+    call(rig.short / "ship.sock", "sync.start", mode="full", disks={"1": disk})
+    until(lambda: rig.status()["sync"]["job"] == "failed", 10)
+    assert "unexpectedly" in rig.status()["sync"]["error"]
+    rig.sync("full", disks={"1": rig.exports["1"]})
+    told = rig.mark()
+    assert rig.view(told["number"])[1] == rig.guest.disk(1)
 
 
 @pytest.fixture
