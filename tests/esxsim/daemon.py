@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.esxsim import esxcli, vimcmd, vmkfstools
 from tests.esxsim.call import Call
+from tests.esxsim.guest import Guest
 from tests.esxsim.state import Profile, State, Vm
 
 WRITES = {"mv", "rm"}
@@ -41,6 +42,9 @@ class Hostd(State):
         self.delays: dict[str, float] = {}
         self.cloning: set[Path] = set()
         self.networks = {"VM Network": 0}
+        #: machines that are powered on run under QEMU
+        self.boots = False
+        self.guests: dict[int, Guest] = {}
         self._world = 2557000
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(root / "var/run/hostd.sock"))
@@ -49,6 +53,8 @@ class Hostd(State):
         threading.Thread(target=self._serve, daemon=True).start()
 
     def stop(self) -> None:
+        for guest in self.guests.values():
+            guest.stop()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -57,9 +63,18 @@ class Hostd(State):
         self._world += 7
         vm.power, vm.world = "on", self._world
         vm.vmx.with_suffix(".vswp").write_bytes(b"")
+        if self.boots:
+            self.guests[vm.id] = Guest(vm)
 
     def stopped(self, vm: Vm) -> None:
         vm.vmx.with_suffix(".vswp").unlink(missing_ok=True)
+        if guest := self.guests.pop(vm.id, None):
+            guest.stop()
+
+    def create_snapshot(self, vm: Vm, name: str, description: str, memory: bool) -> None:
+        if guest := self.guests.get(vm.id):
+            guest.freeze()
+        super().create_snapshot(vm, name, description, memory)
 
     def _serve(self) -> None:
         while True:
