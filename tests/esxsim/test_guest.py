@@ -21,7 +21,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     one = World(MIB, store=request.param)
     vm = one.vms[0]
     one.sim.run("vim-cmd", "vmsvc/power.off", "1")
-    one.sim.write(vm, 0, guest.boot_sector())
+    one.sim.write(vm, 0, guest.boot_sector().ljust(MIB, b"\0"))
     one.sim.hostd.boots = True
     assert one.sim.run("vim-cmd", "vmsvc/power.on", "1")[0] == 0
     yield one
