@@ -122,7 +122,7 @@ LOCK_FAILURES = 5
 
 def lacking() -> str:
     """Why there can be no simulated host here; empty when there can."""
-    missing = [name for name in (SSHD, "ssh-keygen", "busybox", "gcc", "unshare") if not shutil.which(name)]
+    missing = [name for name in (SSHD, "ssh-keygen", "busybox", "gcc", "unshare", "setpriv") if not shutil.which(name)]
     return f"needs {', '.join(missing)}; run: make setup" if missing else ""
 
 
@@ -290,6 +290,7 @@ class EsxSim:
         if os.geteuid() == 0:
             inside = 'mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec "$@"'
             argv = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, "sh", *argv]
+        argv = ["setpriv", "--pdeathsig", "KILL", *argv]  # also when a test run is killed
         self._sshd = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
