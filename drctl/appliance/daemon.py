@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from drctl.appliance import config as configuration
-from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.certificate_service import CertificateService
+from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
 from drctl.appliance.failback_exports import OldExports
@@ -39,8 +39,8 @@ from drctl.appliance.recovery_host import open_recovery
 from drctl.appliance.roles import RECOVERY, SOURCE, Roles, RoleView
 from drctl.appliance.seed_service import SeedService
 from drctl.appliance.source_service import SourceService
-from drctl.appliance.state_watch import States, StateWatch, group_states
 from drctl.appliance.source_verification import SourceVerification
+from drctl.appliance.state_watch import States, StateWatch, group_states
 from drctl.appliance.store_expiry import KEEP_SECONDS, StoreExpiry
 from drctl.appliance.store_service import StoreService
 from drctl.appliance.support import collect

@@ -66,8 +66,8 @@ def _spell(limits: list[dict[str, Any]]) -> str:
 def apply(ctx: typer.Context, dry_run: DryRun = False, yes: Yes = False, output: Output = Format.TEXT) -> None:
     """Send the groups of groups/*.toml to the appliances of both sites, after showing what differs.
 
-    The limits of links in drctl.toml are sent, too. Nothing starts to replicate by it, and nothing is deleted: a group without a file is named, and goes by
-    `drctl group delete`."""
+    The limits of links in drctl.toml are sent, too. Nothing starts to replicate by it, and nothing is deleted: a group
+    without a file is named, and goes by `drctl group delete`."""
     context = begin(ctx, output)
     specs = read_groups(context.config)
     inventory = take_inventory(context)
