@@ -43,15 +43,19 @@ class Images:
     disks: dict[DiskKey, bytearray] = field(default_factory=dict)
     checkpoints: list[int] = field(default_factory=list)
     sent: int = 0
-    wholes: int = 0
+    read_whole: set[DiskKey] = field(default_factory=set)
+
+    @property
+    def wholes(self) -> int:
+        return len(self.read_whole)
 
     def begin(self, number: int) -> None:
         self._staged = {disk: bytearray(data) for disk, data in self.disks.items()}
-        self.sent = self.wholes = 0
+        self.sent, self.read_whole = 0, set()
 
     def whole(self, disk: DiskKey, size: int) -> None:
         self._staged[disk] = bytearray(size)
-        self.wholes += 1
+        self.read_whole.add(disk)
 
     def write(self, disk: DiskKey, offset: int, data: bytes | memoryview) -> None:
         self._staged[disk][offset : offset + len(data)] = data

@@ -183,16 +183,26 @@ def _read_layers(
 ) -> None:
     """The descriptors of all disks, newest layers first: a round trip for each depth of snapshots."""
     wanted = [resolve(disk.file, path, places) for path, definition in machines for disk in definition.disks()]
+    likely = [name for path in wanted for name in _likely(path)]
     for _ in range(_LAYERS):
         if not wanted:
             return
-        files.read(session, wanted)
+        files.read(session, [*wanted, *likely])
+        likely = []
         wanted = [
             parent
             for path in wanted
             if (layer := _descriptor(path, files)) and layer.parent
             if (parent := resolve(layer.parent, path, places)) not in files.texts
         ]
+
+
+def _likely(path: str) -> Iterator[str]:
+    """Layers that may lie below a redo log, by the way ESXi counts: asked for at once, they save round trips."""
+    if match := re.fullmatch(r"(.+)-(\d{6})\.vmdk", path):
+        yield f"{match[1]}.vmdk"
+        for number in range(max(1, int(match[2]) - 3), int(match[2]) + 2):
+            yield f"{match[1]}-{number:06d}.vmdk"
 
 
 def _descriptor(path: str, files: _Files) -> Descriptor | None:

@@ -43,7 +43,7 @@ class Sink(Protocol):
     def begin(self, number: int) -> None: ...
 
     def whole(self, disk: DiskKey, size: int) -> None:
-        """All of the disk follows; what is not told reads as zeroes."""
+        """All of the disk follows; what is not told reads as zeroes. Comes again when the reading starts over."""
 
     def write(self, disk: DiskKey, offset: int, data: bytes | memoryview) -> None: ...
 
@@ -164,9 +164,10 @@ class Source:
                 self.remarks.append(
                     f"{change.disk[1]} of {machines[change.disk[0]].name} is read whole: {change.reason}"
                 )
-            if all(self._parts.disks.can_read(extent_path(layer)) for layer in chosen):
+            try:
                 self._read(change, chosen)
-            else:
+            except HypervisorRefused as exc:
+                self.remarks.append(exc.message)
                 self._clone(change, chosen[-1])
         self._sink.commit(act.number)
 
