@@ -18,7 +18,7 @@ from drctl.cli.inventory import ask_all
 from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
 from drctl.errors import DrctlError, NotFound, PreconditionFailed, Refused
 from drctl.model.extent import format_bytes
-from drctl.model.site import Host
+from drctl.model.site import Host, HostKind
 
 if TYPE_CHECKING:  # the installer and paramiko take long to import; `list` and `run` need neither
     from drctl.appliance.install.bundle import Bundle
@@ -237,6 +237,8 @@ def _targets(context: Context, hosts: Sequence[Host]) -> list[Target]:
     def answers(host: Host) -> str:
         return str(context.call(host, "appliance.info", timeout=5.0).get("version"))
 
+    if esx := next((host for host in hosts if host.kind is HostKind.ESX), None):
+        raise Refused(f"{esx.name} is an ESX host: no appliance can be had there yet", hint="see docs/esx.md")
     targets = [Target(host, context.shell(host), partial(answers, host)) for host in hosts]
     for target in targets:
         _ = target.place  # what drctl.toml lacks is told before any host is asked
@@ -247,7 +249,7 @@ def _chosen(context: Context, names: list[str] | None, site: str) -> list[Host]:
     if bool(names) == bool(site):
         raise Refused("name hosts, or a site", hint="drctl appliance install HOST, or --site SITE")
     if site:
-        return list(context.config.site(site).hosts)
+        return [host for host in context.config.site(site).hosts if host.kind is not HostKind.ESX]
     return [context.config.host(name) for name in dict.fromkeys(names or ())]
 
 
