@@ -29,7 +29,18 @@ _LOG_SECONDS = 5.0
 #: A column with longer cells is prose and may be folded.
 _PROSE = 40
 _GOOD = {"live", "running", "ok", "yes", "committed", "connected"}
-_POOR = {"syncing", "catching-up", "paused", "warning", "partly", "staged", "starting", "committing", "unprotected", "no"}
+_POOR = {
+    "syncing",
+    "catching-up",
+    "paused",
+    "warning",
+    "partly",
+    "staged",
+    "starting",
+    "committing",
+    "unprotected",
+    "no",
+}
 _BAD = {"broken", "failed", "error", "unreachable", "disconnected", "failed-over", UNKNOWN}
 
 
