@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +24,10 @@ from drctl.lab.observer import Observer
 if not os.environ.get("CI"):
     settings.register_profile("drctl", deadline=None)
     settings.load_profile("drctl")
+
+# A shell starts what it puts in the background with ctrl-C ignored, and children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "gcc", "syslinux", "mcopy", "mke2fs", "sfdisk")
 

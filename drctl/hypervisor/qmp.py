@@ -59,6 +59,7 @@ class QmpSocket:
         self.path = path
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._buffer = b""
+        self._sent = 0
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_seconds)
@@ -68,7 +69,9 @@ class QmpSocket:
             self._socket.close()
             raise HostUnreachable(f"no QEMU monitor at {path}: {exc.strerror or exc}", path=path) from exc
         try:
-            self._receive()
+            # QEMU may send what a client before us did not wait for, ahead of the greeting.
+            while "QMP" not in self._receive():
+                pass
             self(command("qmp_capabilities"))
         except DrctlError:
             self._socket.close()
@@ -77,10 +80,16 @@ class QmpSocket:
     def __call__(self, sent: dict[str, Any]) -> Any:
         """Send one command and wait for its answer."""
         with self._lock:
-            self._send(sent)
-            while "event" in (answer := self._receive()):
-                self.events.append(answer)
+            self._sent += 1
+            self._send({**sent, "id": self._sent})
+            while not self._answers(answer := self._receive()):
+                if "event" in answer:
+                    self.events.append(answer)
         return unpack(sent, answer)
+
+    def _answers(self, message: dict[str, Any]) -> bool:
+        """Whether it is the answer to the newest command. An error without an id is, too: QEMU could not read it."""
+        return message.get("id", self._sent if "error" in message else None) == self._sent
 
     def _send(self, sent: dict[str, Any]) -> None:
         try:

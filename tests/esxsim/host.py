@@ -288,8 +288,13 @@ class EsxSim:
         (self.share / "sshd_config").write_text(config)
         argv = [SSHD, "-D", "-e", "-f", str(self.share / "sshd_config")]
         if os.geteuid() == 0:
-            inside = 'mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec "$@"'
-            argv = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, "sh", *argv]
+            # Private first of all, also where / is no mount point of its own (a chroot).
+            inside = (
+                "{ mount --make-rprivate / || mount --make-private /run; } 2>/dev/null; "
+                'mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec "$@"'
+            )
+            spaces = ["--mount", "--propagation", "unchanged", "--pid", "--fork", "--kill-child"]
+            argv = ["unshare", *spaces, "sh", "-c", inside, "sh", *argv]
         argv = ["setpriv", "--pdeathsig", "KILL", *argv]  # also when a test run is killed
         self._sshd = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -297,7 +302,9 @@ class EsxSim:
         deadline = time.monotonic() + 30
         while not any("listening on" in line for line in self.log):
             if self._sshd.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"sshd did not start: {self.log[-5:]}")
+                told = self.log[-5:]
+                self.close()
+                raise RuntimeError(f"sshd did not start: {told}")
             time.sleep(0.01)
         return self
 

@@ -32,6 +32,8 @@ class Server:
                     break
                 if number:
                     self.received.append(json.loads(line))
+                    if isinstance(answer, dict):
+                        answer = answer | {"id": self.received[-1]["id"]}
                 client.sendall(answer if isinstance(answer, bytes) else json.dumps(answer).encode() + b"\r\n")
 
     def join(self):
@@ -66,12 +68,28 @@ def test_a_refusal_keeps_qemus_words_and_class():
 
 def test_an_answer_is_found_behind_events(serve):
     event = json.dumps({"event": "BLOCK_JOB_READY"}).encode() + b"\r\n"
-    path, server = serve({"return": {}}, event + event + b'{"return": {"status": "running"}}\r\n')
+    path, server = serve({"return": {}}, event + event + b'{"return": {"status": "running"}, "id": 2}\r\n')
     with QmpSocket(path) as monitor:
         assert monitor(command("query-status")) == {"status": "running"}
         assert len(monitor.events) == 2
     server.join()
     assert [each["execute"] for each in server.received] == ["qmp_capabilities", "query-status"]
+
+
+def test_answers_to_a_client_before_us_are_not_taken_for_ours(serve):
+    """A monitor under load serves the next client with what the one before did not wait for (seen with 7.2)."""
+    stale = b'{"return": {"left": "over"}, "id": 7}\r\n{"return": {}}\r\n'
+    path, _ = serve(
+        {"return": {}}, stale + b'{"return": [], "id": 2}\r\n', greeting=stale + json.dumps(GREETING).encode() + b"\r\n"
+    )
+    with QmpSocket(path) as monitor:
+        assert monitor(command("query-block")) == []
+
+
+def test_an_error_without_an_id_is_the_answer(serve):
+    path, _ = serve({"return": {}}, b'{"error": {"class": "GenericError", "desc": "JSON parse error"}}\r\n')
+    with QmpSocket(path) as monitor, pytest.raises(HypervisorRefused, match="JSON parse error"):
+        monitor(command("query-block"))
 
 
 @pytest.mark.parametrize(
