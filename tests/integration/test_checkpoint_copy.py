@@ -243,8 +243,8 @@ def test_any_tool_reads_what_is_served_until_the_caller_leaves(recovery: Recover
     assert len(recovery.pins()) == 1
     subprocess.run(["nbdcopy", service.uri("db.vda"), tmp_path / "copy"], check=True)
     assert (tmp_path / "copy").read_bytes() == recovery.rig.marks[2]["db.vda"]
-    facts = json.loads(subprocess.check_output(["nbdinfo", "--json", "--no-content", service.uri("web.vda")]))["exports"][0]
-    assert facts["is_read_only"]
+    told = subprocess.check_output(["nbdinfo", "--json", "--no-content", service.uri("web.vda")])
+    assert json.loads(told)["exports"][0]["is_read_only"]
     service.leave()
     recovery.ended()
     assert subprocess.run(["nbdinfo", service.uri("db.vda")], capture_output=True, check=False).returncode
