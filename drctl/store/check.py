@@ -57,18 +57,18 @@ def _check_control(state: StreamState, header: FrameHeader, whole: memoryview) -
     try:
         fields = control_fields(PlacedFrame(0, header, whole))
         if header.kind is FrameKind.MARK:
-            _check_mark(fields)
-            if fields["number"] <= state.mark:
-                raise ValueError(f"mark {fields['number']} comes again; {state.mark} is proven")
+            _check_mark(fields, state)
         return state.after(header, fields)
     except (IntegrityError, KeyError, TypeError, ValueError) as exc:
         raise ProtocolViolation(f"malformed {header.kind.name} frame: {exc!r}") from exc
 
 
-def _check_mark(fields: dict[str, Any]) -> None:
+def _check_mark(fields: dict[str, Any], state: StreamState) -> None:
     for name in ("number", "sequence", "wall_ns"):
         if not isinstance(fields[name], int):
             raise TypeError(name)
+    if fields["number"] <= state.mark:
+        raise ValueError(f"mark {fields['number']} comes again; {state.mark} is proven")
     CheckpointKind(fields["kind"])
 
 
