@@ -80,8 +80,9 @@ def clock_of(faults: FaultRig, name: str) -> float:
 
 
 def offset_of(faults: FaultRig) -> float:
-    """The recovery site's clock minus the source's, as the link measures it, seconds."""
-    return float(faults.status()["link"]["offset_ms"]) / 1000
+    """The recovery site's clock minus the source's, as the link measures it, seconds; infinite while it has not."""
+    offset = faults.status()["link"]["offset_ms"]
+    return float("inf") if offset is None else float(offset) / 1000
 
 
 def drctl(faults: FaultRig, *arguments: str) -> tuple[int, dict[str, Any]]:
