@@ -35,7 +35,7 @@ _PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "gcc", "sysl
 
 
 #: select(2) takes none above 1023, and a soft limit of 1024 is usual.
-_MANY_DESCRIPTORS = 300
+_MANY_DESCRIPTORS = 100
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -198,6 +198,7 @@ def test_it_goes_on_after_an_appliance_was_gone(web) -> None:
     assert web("checkpoint", "bisect", "web", "--resume", "--yes").code == 11
 
 
+@pytest.mark.long  # it interrupts the test process itself
 def test_ctrl_c_removes_what_runs_and_it_goes_on_later(web) -> None:
     write(
         web.directory,
