@@ -25,8 +25,9 @@ from drctl.appliance.failback_seal import Finding, Sealing, let_go
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.handover_record import HandoverFiles
 from drctl.appliance.image_stamp import RUNNING
+from drctl.appliance.recovery_images import free_at
 from drctl.appliance.recovery_store import GroupStores
-from drctl.appliance.seed_files import disks_by_name, free_at
+from drctl.appliance.seed_files import disks_by_name
 from drctl.errors import DrctlError, Interrupted, Locked, NotFound, PreconditionFailed, Refused
 from drctl.model.extent import format_bytes
 from drctl.model.group import GroupDisk, GroupSpec

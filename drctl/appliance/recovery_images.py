@@ -61,10 +61,7 @@ class QemuImages:
             atomic.temporary(path).unlink(missing_ok=True)
 
     def free(self, directory: Path) -> int:
-        while not directory.exists():
-            directory = directory.parent
-        status = os.statvfs(directory)
-        return status.f_bavail * status.f_frsize
+        return free_at(directory)
 
     def _info(self, path: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads(self._run("info", "-U", "--output=json", "-f", "qcow2", str(path)))
@@ -84,3 +81,11 @@ class QemuImages:
             error = OutOfSpace if "No space left" in said else StepFailed
             raise error(f"qemu-img {command}: {said}")
         return done.stdout
+
+
+def free_at(directory: Path) -> int:
+    """Bytes that may be written to the file system on which the directory is, or will be."""
+    while not directory.exists():
+        directory = directory.parent
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize

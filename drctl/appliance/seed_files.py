@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from drctl.appliance.recovery_images import free_at
 from drctl.errors import NotFound, OutOfSpace, PreconditionFailed, Refused, SetupFailed, StepFailed
 from drctl.model.extent import MiB, format_bytes
 from drctl.model.group import GroupDisk
@@ -149,13 +150,6 @@ def demand_room(root: Path, needed: int) -> None:
             needed=needed,
             free=free,
         )
-
-
-def free_at(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
 
 
 class Seeding:

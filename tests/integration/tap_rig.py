@@ -270,3 +270,7 @@ class Mirror:
             "fio", "--name=load", "--ioengine=nbd", f"--uri={self.device}", "--rw=randwrite", "--bs=4k", "--iodepth=32",
             f"--size={self.rig.size}", "--thread", "--refill_buffers", *options,
         )  # fmt: skip
+
+
+#: The fixture `make`: options of a TapRig.
+Make = Callable[..., TapRig]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,22 +19,7 @@ import pytest
 from drctl.store.ring import exports_path, write_exports
 from drctl.wire import nbd
 from drctl.wire.ring import DiskWord, OrderReason, Word
-from tests.integration.tap_rig import MiB, TapRig, Writer, until
-
-Make = Callable[..., TapRig]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    rigs: list[TapRig] = []
-
-    def made(**options: int) -> TapRig:
-        rigs.append(TapRig(**options))  # type: ignore[arg-type]
-        return rigs[-1]
-
-    yield made
-    for rig in rigs:
-        rig.close()
+from tests.integration.tap_rig import Make, MiB, TapRig, Writer, until
 
 
 def test_one_sequence_over_all_disks(make: Make) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,22 +22,7 @@ from drctl.replication.tap_handover import handover_path
 from drctl.store.ring import exports_path, write_exports
 from drctl.wire import nbd
 from drctl.wire.ring import DiskWord, OrderReason, Word
-from tests.integration.tap_rig import MiB, Mirror, TapRig, Writer, until
-
-Make = Callable[..., TapRig]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    rigs: list[TapRig] = []
-
-    def made(**options: int) -> TapRig:
-        rigs.append(TapRig(**options))  # type: ignore[arg-type]
-        return rigs[-1]
-
-    yield made
-    for rig in rigs:
-        rig.close()
+from tests.integration.tap_rig import Make, MiB, Mirror, TapRig, Writer, until
 
 
 def _heir(rig: TapRig) -> subprocess.Popen[Any]:
