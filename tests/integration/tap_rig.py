@@ -251,8 +251,15 @@ class Mirror:
         until(clean, 30)
 
     def detach(self) -> None:
+        """End the job as drctl does: where the last flush failed (the connection was not there yet), resume and go on."""
+
+        def ended() -> bool:
+            if self.job()["status"] == "standby":
+                self.monitor("block-job-resume", device="tap")
+            return self.job()["status"] == "concluded"
+
         self.monitor("block-job-cancel", device="tap")
-        until(lambda: self.job()["status"] == "concluded")
+        until(ended)
         self.monitor("job-dismiss", id="tap")
         self.monitor("blockdev-del", node_name="target")
 
