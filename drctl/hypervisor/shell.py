@@ -165,8 +165,8 @@ def _feed(channel: paramiko.Channel, data: bytes) -> None:
     try:
         channel.sendall(data)
         channel.shutdown_write()
-    except OSError:
-        return  # it ended without reading all: its exit code tells more
+    except (OSError, EOFError, paramiko.SSHException):
+        return  # it ended without reading all, or the connection did (paramiko: EOFError): its exit code tells more
 
 
 def _collect(channel: paramiko.Channel, into: list[bytes]) -> None:

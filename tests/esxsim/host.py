@@ -344,6 +344,7 @@ class EsxSim:
             self._watcher.join(10)
             assert self._sshd.stderr is not None
             self._sshd.stderr.close()
+        self.hostd.settle()
         self.hostd.stop()
         shutil.rmtree(self.share, ignore_errors=True)
 

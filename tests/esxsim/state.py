@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,6 +155,7 @@ class State:
     def __init__(self, root: Path, profile: Profile) -> None:
         self.root, self.profile, self.switches = root, profile, Switches()
         self.lock = threading.RLock()
+        self._works: list[threading.Thread] = []
         self.datastores: list[Datastore] = []
         self.vms: dict[int, Vm] = {}
         self.tasks: dict[str, Task] = {}
@@ -239,6 +240,17 @@ class State:
         task = Task(f"haTask-{vm}-vim.VirtualMachine.{operation}-{self._task}", vm)
         self.tasks[task.id] = task
         return task
+
+    def background(self, work: Callable[[], None]) -> None:
+        """Go on with a task after the command that began it has returned."""
+        thread = threading.Thread(target=work)
+        self._works.append(thread)
+        thread.start()
+
+    def settle(self) -> None:
+        """Wait for what still runs; before the host's directory goes."""
+        for thread in self._works:
+            thread.join(10)
 
     def task_ids(self, vm: int) -> Iterator[str]:
         return (task.id for task in self.tasks.values() if task.vm == vm and task.state == "running")

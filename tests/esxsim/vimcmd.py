@@ -191,7 +191,7 @@ def snapshot_create(call: Call, which: str, *words: str) -> int:
     if host.switches.create_waits:
         work()
     else:
-        threading.Thread(target=work).start()
+        host.background(work)
     return 0
 
 
@@ -253,7 +253,7 @@ def _remove(host: State, vm: Vm, snapshots: list[Snapshot]) -> None:
     if host.switches.remove_waits:
         work()
     else:
-        threading.Thread(target=work).start()
+        host.background(work)
 
 
 def registervm(call: Call, path: str, name: str = "", *_: str) -> None:
