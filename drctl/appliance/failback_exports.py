@@ -28,7 +28,7 @@ class OldExports:
                 name = f"old-{group}-{disk.number}"
                 socket = self._run / "exports" / f"{name}.sock"
                 socket.unlink(missing_ok=True)
-                arguments = ["--read-only", "--persistent", "--shared=4", f"--socket={socket}"]
+                arguments = ["--read-only", "--persistent", "--shared=16", f"--socket={socket}"]
                 arguments += [f"--export-name={disk.name}", f"--format={disk.format}", disk.path]
                 started.append(name)
                 self._processes.run(name, ["qemu-nbd", *arguments], ready=socket)

@@ -128,7 +128,7 @@ class Passes:
         socket = self._socket(disk.name)
         socket.unlink(missing_ok=True)
         # Read-only and persistent: the reader may connect again after a broken link.
-        arguments = ["--read-only", "--persistent", "--shared=4", f"--socket={socket}", f"--export-name={disk.name}"]
+        arguments = ["--read-only", "--persistent", "--shared=16", f"--socket={socket}", f"--export-name={disk.name}"]
         # Sharing is forced: else QEMU could not start the machine while its qcow2 image is read. What is read while
         # it starts is worth nothing, and read again: its disks are attached anew.
         path = facts.source.replace(",", ",,")

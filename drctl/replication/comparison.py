@@ -1,16 +1,15 @@
-"""One disk compared with the other side's: which parts of what was read here differ there."""
+"""One disk compared with the other side's: which parts of what is read here differ there."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from drctl.model.extent import BLOCK, Extent, MiB
+from drctl.replication.disk_scan import Look
 from drctl.replication.signature_exchange import SignatureExchange
 from drctl.wire.signature import (
     PARTS,
@@ -21,24 +20,26 @@ from drctl.wire.signature import (
     digests,
     runs_of,
     signatures,
-    signatures_of_zeroes,
     zero_signature,
 )
 
-#: Read and hashed at once. No read that is only compared holds the stream, so it may be large.
-COMPARED_READ = 1 * MiB
+#: One range of a pass: read, hashed and compared by one thread at once. No read that is only compared holds the stream,
+#: so it may be large.
+STRETCH = 4 * MiB
 #: Bytes of a disk that are being compared: what a link of 20 ms takes at 1.6 GB/s.
 COMPARED_WINDOW = 32 * MiB
-#: Signatures asked for at once, in blocks (16 MiB), and how many such questions go ahead of the reads.
-ASKED = 256
+#: Signatures asked for at once, in blocks (64 MiB), and how many such questions go ahead of the reads.
+ASKED = 1024
 AHEAD = 2
 _UNKNOWN = b"\xff" * SIGNATURE_SIZE
 _ALL: int = 2**PARTS - 1
+_ZEROES = memoryview(bytes(SIGNED))
 
 #: What differs is sent together, so that frames are full, but does not wait longer than this for company (seconds).
 GATHER = 0.03
 
-T = TypeVar("T")
+#: Something of a disk: its offset there, and its bytes.
+Piece = tuple[int, memoryview]
 
 
 class Gate:
@@ -68,12 +69,6 @@ class Gate:
         self._waiting = 0
 
 
-class Source(Protocol):
-    """Where the disk is read here."""
-
-    async def read(self, offset: int, length: int) -> bytearray: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Compared:
     """What is compared: one disk, in one pass."""
@@ -81,44 +76,39 @@ class Compared:
     sync: str
     disk: int
     size: int
-    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Differing:
+    """A block that differs there: its number, and what it is here. `mask`: which of its parts differ; where that is not
+    known without a question, the digests to ask with."""
+
+    block: int
+    data: memoryview
+    mask: int | None
+    digests: bytes = b""
 
 
 class Comparison:
-    """Runs in the event loop, hashes in `workers`. Not to be used beyond one connection of the exchange."""
+    """Runs in the event loop, but for looks. Not to be used beyond one connection of the exchange."""
 
-    def __init__(
-        self, what: Compared, exchange: SignatureExchange, tasks: asyncio.TaskGroup, workers: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, what: Compared, exchange: SignatureExchange, tasks: asyncio.TaskGroup) -> None:
         self.what = what
         self._exchange = exchange
         self._key = exchange.key
         self._tasks = tasks
-        self._workers = workers
         self._windows: dict[int, asyncio.Task[bytes | None]] = {}
 
-    async def differences(self, extent: Extent, data: bytearray | None) -> list[Extent] | None:
-        """The parts of `extent` that differ there from `data`, None: from zeroes. None when the connection is gone.
+    async def theirs(self, extent: Extent) -> bytes | None:
+        """The other side's signatures of the extent; None when the connection is gone.
 
-        The extent begins at a multiple of SIGNED, ends at one or at the disk's end, and is COMPARED_READ at most."""
-        asked = self._asked(extent)
-        mine = await self._sign(extent, data)
-        window = await asked
+        The extent begins at a multiple of SIGNED, ends at one or at the disk's end, and crosses no multiple of
+        ASKED * SIGNED."""
+        window = await self._asked(extent)
         if window is None:
             return None
-        first = extent.offset // SIGNED % ASKED * SIGNATURE_SIZE
-        theirs = window[first : first + len(mine)]
-        blocks = differing(mine, theirs)
-        if not blocks:
-            return []
-        masks = await self._masks(extent, data, blocks, theirs)
-        if masks is None:
-            return None
-        return [
-            _part(extent, block, first, after)
-            for block, mask in zip(blocks, masks, strict=True)
-            for first, after in runs_of(mask)
-        ]
+        first = extent.offset // SIGNED % ASKED
+        return window[first * SIGNATURE_SIZE : (first + blocks_of(extent.length)) * SIGNATURE_SIZE]
 
     def _asked(self, extent: Extent) -> asyncio.Task[bytes | None]:
         """The answer that the extent's signatures are in; the next ones are asked for, too."""
@@ -134,46 +124,66 @@ class Comparison:
                 self._windows[each] = self._tasks.create_task(asked)
         return self._windows[number]
 
-    async def _sign(self, extent: Extent, data: bytearray | None) -> bytes:
-        if data is None:
-            return signatures_of_zeroes(self._key, extent.length)
-        return await self._in_worker(lambda: signatures(self._key, data))
+    def look(self, extent: Extent, theirs: bytes) -> Look[Differing]:
+        """For a thread that reads the extent: finds the blocks that differ from `theirs`."""
+        key, start = self._key, extent.offset
 
-    async def _masks(
-        self, extent: Extent, data: bytearray | None, blocks: list[int], theirs: bytes
-    ) -> list[int] | None:
-        """Which parts of the blocks differ. Of those that are zeroes at one of the sides it is known here."""
-        if data is None:
-            return [_all_of(_length(extent, block)) for block in blocks]
-        masks = {block: self._known(extent, data, block, theirs) for block in blocks}
-        unknown = [block for block, mask in masks.items() if mask is None]
-        if unknown:
-            whole = memoryview(data)
-            made = await self._in_worker(
-                lambda: b"".join(digests(self._key, whole[at * SIGNED : (at + 1) * SIGNED]) for at in unknown)
-            )
-            start = extent.offset // SIGNED
-            answer = await self._exchange.masks(self.what.disk, tuple(start + block for block in unknown), made)
+        def look(offset: int, data: memoryview) -> list[Differing]:
+            first = (offset - start) // SIGNED
+            mine = signatures(key, data)
+            expected = theirs[first * SIGNATURE_SIZE : first * SIGNATURE_SIZE + len(mine)]
+            if mine == expected:
+                return []
+            return [
+                _found(
+                    key, offset // SIGNED + at, data[at * SIGNED : (at + 1) * SIGNED], _of(mine, at), _of(expected, at)
+                )
+                for at in differing(mine, expected)
+            ]
+
+        return look
+
+    def zeroes(self, extent: Extent, theirs: bytes) -> list[Differing]:
+        """The blocks of the extent that are not zeroes there."""
+        first = extent.offset // SIGNED
+        lengths = (min(SIGNED, extent.length - at * SIGNED) for at in range(blocks_of(extent.length)))
+        return [
+            Differing(first + at, _ZEROES[:length], _all_of(length))
+            for at, length in enumerate(lengths)
+            if _of(theirs, at) != zero_signature(self._key, length)
+        ]
+
+    async def pieces(self, found: Sequence[Differing]) -> list[Piece] | None:
+        """What differs, in order; None when the connection is gone."""
+        asked = [each for each in found if each.mask is None]
+        masks: dict[int, int] = {}
+        if asked:
+            blocks = tuple(each.block for each in asked)
+            answer = await self._exchange.masks(self.what.disk, blocks, b"".join(each.digests for each in asked))
             if answer is None:
                 return None
-            masks.update(zip(unknown, answer, strict=True))
-        return [mask or 0 for mask in masks.values()]
-
-    def _known(self, extent: Extent, data: bytearray, block: int, theirs: bytes) -> int | None:
-        length = _length(extent, block)
-        content = memoryview(data)[block * SIGNED : block * SIGNED + length]
-        signature = theirs[block * SIGNATURE_SIZE : (block + 1) * SIGNATURE_SIZE]
-        filled = _filled(content)
-        if signature == _UNKNOWN or filled == 0:
-            return _all_of(length)
-        return filled if signature == zero_signature(self._key, length) else None
-
-    async def _in_worker(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+            masks = dict(zip(blocks, answer, strict=True))
+        ordered = sorted(found, key=lambda each: each.block)
+        return [
+            piece for each in ordered for piece in _parts(each, masks[each.block] if each.mask is None else each.mask)
+        ]
 
 
-def _length(extent: Extent, block: int) -> int:
-    return min(SIGNED, extent.length - block * SIGNED)
+def _of(joined: bytes, at: int) -> bytes:
+    return joined[at * SIGNATURE_SIZE : (at + 1) * SIGNATURE_SIZE]
+
+
+def _found(key: bytes, block: int, content: memoryview, mine: bytes, theirs: bytes) -> Differing:
+    """Which parts differ of a block that is zeroes at one of the sides is known here."""
+    length = len(content)
+    if mine == zero_signature(key, length):
+        return Differing(block, _ZEROES[:length], _all_of(length))
+    kept = memoryview(bytes(content))
+    if theirs == _UNKNOWN:
+        return Differing(block, kept, _all_of(length))
+    if theirs == zero_signature(key, length):
+        return Differing(block, kept, _filled(kept))
+    return Differing(block, kept, None, digests(key, kept))
 
 
 def _all_of(length: int) -> int:
@@ -190,7 +200,8 @@ def _filled(content: memoryview) -> int:
     return sum(1 << index for index, some in enumerate(parts) if some)
 
 
-def _part(extent: Extent, block: int, first: int, after: int) -> Extent:
-    begin = extent.offset + block * SIGNED
-    start, end = begin + first * BLOCK, min(begin + after * BLOCK, extent.end)
-    return Extent(start, end - start)
+def _parts(each: Differing, mask: int) -> Iterator[Piece]:
+    start, data = each.block * SIGNED, each.data
+    for first, after in runs_of(mask):
+        if piece := data[first * BLOCK : after * BLOCK]:
+            yield start + first * BLOCK, piece

@@ -126,6 +126,36 @@ def _pieces(stamp: Stamp, record: Any, data: memoryview, level: int | None) -> l
     return frames
 
 
+def frames_between(data: memoryview, after: int, upto: int, place: str) -> list[Parts]:
+    """The DATA frames in `data` with the records after `after` and up to `upto`, checked; those that hold others, too,
+    are made anew without them. Raises IntegrityError."""
+    frames: list[Parts] = []
+    for header, whole in frame.split(data, place):
+        if header.kind is not FrameKind.DATA or header.last_sequence <= after or header.first_sequence > upto:
+            continue
+        if header.first_sequence > after and header.last_sequence <= upto:
+            frames.append((b"", whole))
+        else:
+            frames.append(_trimmed(header, whole[frame.HEADER_SIZE :], after, upto, place))
+    return frames
+
+
+def _trimmed(header: frame.FrameHeader, body: memoryview, after: int, upto: int, place: str) -> Parts:
+    """Of a frame of several records those after `after` and up to `upto`."""
+    table = frame.extents_of(header, body)
+    sequences = header.first_sequence + table["sequence_delta"].astype(np.uint64)
+    table = table[(sequences > after) & (sequences <= upto)].copy()
+    first, last = max(header.first_sequence, after + 1), min(header.last_sequence, upto)
+    payload = memoryview(frame.payload_of(header, body, place))
+    writes = table["kind"] == EXTENT_WRITE
+    begin = int(table["payload_offset"][writes].min()) if writes.any() else 0
+    size = int(table["length"][writes].sum()) * SECTOR
+    table["payload_offset"][writes] -= begin
+    table["sequence_delta"] -= first - header.first_sequence
+    span = Span(header.generation, header.epoch, first, last)
+    return _data(FrameKind.DATA, span, table.tobytes(), payload[begin : begin + size], LEVEL)
+
+
 def _one_extent(offset: int, length: int, disk: int, kind: int) -> bytes:
     return frame.EXTENT_LAYOUT.pack(offset, length, disk, kind, 0, 0, 0)
 
@@ -203,6 +233,8 @@ def _blocks(disk: int, offset: int, piece: memoryview) -> tuple[bytes, Buffer]:
 
 def _runs(piece: memoryview) -> list[tuple[int, int, bool]]:
     """(begin, end, all zero) of the piece in bytes, in blocks; neighbours of one kind are one run."""
+    if len(piece) <= BLOCK:
+        return [(0, len(piece), piece == _ZEROES[: len(piece)])]
     whole = len(piece) // BLOCK * BLOCK
     zero: list[bool] = (~np.frombuffer(piece[:whole], np.uint8).reshape(-1, BLOCK).any(axis=1)).tolist()  # type: ignore[assignment]
     if whole < len(piece):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from drctl.errors import DrctlError, HypervisorRefused
 from drctl.model.extent import FRAME_PAYLOAD, KiB, MiB
 from drctl.model.extent import Extent as Range
-from drctl.replication.comparison import COMPARED_READ, COMPARED_WINDOW, Compared, Comparison, Gate
+from drctl.replication.comparison import COMPARED_WINDOW, STRETCH, Compared, Comparison, Gate, Piece
 from drctl.replication.disk_connection import DiskConnection, Export, connected
+from drctl.replication.disk_scan import DiskScan, scanned
 from drctl.replication.ring_port import RingPort
 from drctl.replication.signature_exchange import SignatureExchange
 from drctl.replication.sync_progress import Read, Sync, SyncState
@@ -31,7 +32,11 @@ WINDOW = 4 * MiB
 STATUS_WINDOW = 1024 * MiB
 #: Above this fill of the ring the reader rests: what the guest writes goes first, or the ring overflows.
 CONGESTED = 0.25
-#: Threads that hash what was read.
+#: What differs of a compared range goes into the stream in pieces of about this size.
+PART = READ_SIZE
+#: A part that must be read again is read over gaps up to this.
+_GAP = SIGNED
+#: Threads that measure and hash beside those that read.
 HASHERS = 2
 
 log = logging.getLogger(__name__)
@@ -66,6 +71,7 @@ class _Walk:
     attempt: int
     disk: int
     connection: DiskConnection
+    scan: DiskScan
     tasks: asyncio.TaskGroup
 
     @property
@@ -133,8 +139,8 @@ class Reader:
             if disk < resume.disk or sync.attempt != attempt:
                 continue
             begin = resume.offset if disk == resume.disk else 0
-            async with connected(exports[disk]) as (connection, tasks):
-                walk = _Walk(sync, attempt, disk, connection, tasks)
+            async with scanned(exports[disk]) as scan, connected(exports[disk]) as (connection, tasks):
+                walk = _Walk(sync, attempt, disk, connection, scan, tasks)
                 ranges = extents(disk) if extents is not None else _ranges(exports[disk])
                 if ranges is not None:
                     await self._fetch(walk, begin, ranges)
@@ -190,10 +196,9 @@ class Reader:
         sync, size = walk.sync, walk.sync.disks[walk.disk]
         if walk.connection.ready.size < size:
             raise HypervisorRefused(f"disk {walk.disk} has {walk.connection.ready.size} bytes, expected {size}")
-        what = Compared(sync.id, walk.disk, size, walk.connection)
-        comparison = Comparison(what, self.peer.exchange, walk.tasks, self.hashers)
+        comparison = Comparison(Compared(sync.id, walk.disk, size), self.peer.exchange, walk.tasks)
         position = begin // SIGNED * SIGNED
-        while position < size and await self._room(walk, COMPARED_READ, COMPARED_WINDOW):
+        while position < size and await self._room(walk, self._stretch(), COMPARED_WINDOW):
             read = sync.issue(walk.disk, Range(position, 0), self._port.published)
             length, hole = await walk.connection.first_holes(position, min(STATUS_WINDOW, size - position))
             if walk.over:
@@ -211,44 +216,53 @@ class Reader:
         """Compare from `position` up to `end`; returns where the next is to be."""
         end = min(end, comparison.what.size)
         while True:
-            after = min(end, position // COMPARED_READ * COMPARED_READ + COMPARED_READ)
+            step = self._stretch()
+            after = min(end, position // step * step + step)
             read = walk.sync.compare(walk.disk, Range(position, after - position))
             walk.tasks.create_task(self._compare(walk, comparison, read))
             position = after
-            if position >= end or not await self._room(walk, COMPARED_READ, COMPARED_WINDOW):
+            if position >= end or not await self._room(walk, self._stretch(), COMPARED_WINDOW):
                 return position
+
+    def _stretch(self) -> int:
+        """How much is compared at once: a power of two, less where the link or the reader is held back."""
+        most = self.peer.room(COMPARED_WINDOW) * STRETCH // COMPARED_WINDOW
+        if self.pace.limit > 0:
+            most = min(most, self.pace.limit // 10)
+        return max(READ_SIZE, min(STRETCH, 1 << most.bit_length() >> 1))
 
     async def _compare(self, walk: _Walk, comparison: Comparison, read: Read) -> None:
         sync, extent = walk.sync, read.extent
+        theirs = await comparison.theirs(extent)
+        if theirs is None or walk.over:
+            return
         floor = self._port.published
-        data = await walk.connection.read(extent.offset, extent.length)
-        if walk.over:
+        found = await walk.scan.visit(extent, comparison.look(extent, theirs))
+        pieces = await comparison.pieces(found) if not walk.over else None
+        if pieces is None or walk.over:
             return
-        parts = await comparison.differences(extent, data)
-        if parts is None or walk.over:
-            return
-        if parts:
-            await self._gate.wait(sum(part.length for part in parts))
-        if parts and not walk.over:
-            await self._send_parts(walk, read, (floor, data), parts)
+        if pieces:
+            await self._gate.wait(sum(len(data) for _, data in pieces))
+            await self._send_parts(walk, read, floor, pieces)
         if not walk.over:
             sync.compared(read)
             self._moved.set()
             self._arrived()
 
-    async def _send_parts(self, walk: _Walk, read: Read, had: tuple[int, bytearray], parts: list[Range]) -> None:
+    async def _send_parts(self, walk: _Walk, read: Read, floor: int, pieces: list[Piece]) -> None:
         """Put what differs into the stream. What was read is of use while the cursor is not beyond its floor; else
         it is read again, and this time the stream is held."""
-        floor, data = had
-        if self.peer.cursor() <= floor:
-            part = walk.sync.part(read, floor)
-        else:
-            part = walk.sync.part(read, self._port.published)
-            data = await walk.connection.read(read.extent.offset, read.extent.length)
+        for group in _groups(pieces):
             if walk.over:
                 return
-        whole, start = memoryview(data), read.extent.offset
-        walk.sync.part_arrived(part, [(each.offset, whole[each.offset - start : each.end - start]) for each in parts])
+            if self.peer.cursor() <= floor:
+                walk.sync.part_arrived(walk.sync.part(read, floor), group)
+                continue
+            part = walk.sync.part(read, self._port.published)
+            fresh = await _again(walk.connection, group)
+            if not walk.over:
+                walk.sync.part_arrived(part, fresh)
+            self._arrived()
 
     async def _fetch(self, walk: _Walk, begin: int, extents: Iterator[Range]) -> None:
         """The given ranges of a disk."""
@@ -300,3 +314,38 @@ def aligned(position: int, length: int, size: int, *, hole: bool) -> int:
     if end < size:
         end = (end if hole else end + SIGNED - 1) // SIGNED * SIGNED
     return min(end, size)
+
+
+def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in groups of PART bytes, or what lies in one block."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and size + len(piece[1]) > PART:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece[1])
+    if group:
+        yield group
+
+
+async def _again(connection: DiskConnection, pieces: list[Piece]) -> list[Piece]:
+    """The same pieces as they are now."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        near = runs and piece[0] - _end(runs[-1][-1]) <= _GAP and _end(piece) - runs[-1][0][0] <= READ_SIZE
+        if near:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    reads = await asyncio.gather(*(connection.read(run[0][0], _end(run[-1]) - run[0][0]) for run in runs))
+    return [
+        (offset, memoryview(data)[offset - run[0][0] : offset - run[0][0] + len(old)])
+        for run, data in zip(runs, reads, strict=True)
+        for offset, old in run
+    ]
+
+
+def _end(piece: Piece) -> int:
+    return piece[0] + len(piece[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from uuid import uuid4
@@ -11,8 +12,9 @@ from uuid import uuid4
 from drctl.errors import ApplianceUnreachable, HypervisorRefused, WrongPhase
 from drctl.model.extent import Extent
 from drctl.replication import framing
-from drctl.replication.comparison import ASKED, COMPARED_READ, COMPARED_WINDOW, Compared, Comparison
+from drctl.replication.comparison import ASKED, COMPARED_WINDOW, STRETCH, Compared, Comparison, Differing, Piece
 from drctl.replication.disk_connection import DiskConnection, Export, connected
+from drctl.replication.disk_scan import DiskScan, scanned
 from drctl.replication.framing import Stamp
 from drctl.replication.reader import STATUS_WINDOW, Pace, aligned
 from drctl.replication.signature_exchange import SignatureExchange
@@ -45,7 +47,7 @@ class Survey:
         self._exchange = exchange
         self._pace = pace
         self._hashers = hashers
-        self._room = asyncio.Semaphore(COMPARED_WINDOW // COMPARED_READ)
+        self._room = asyncio.Semaphore(COMPARED_WINDOW // STRETCH)
         self.findings = Findings(0)
 
     async def run(self, exports: dict[int, Export], sizes: dict[int, int]) -> None:
@@ -58,57 +60,68 @@ class Survey:
         self.findings = Findings(sum(sizes.values()), began=time.monotonic())
         sync = uuid4().hex
         for number, size in sorted(sizes.items()):
-            async with connected(exports[number]) as (connection, tasks):
+            async with scanned(exports[number]) as scan, connected(exports[number]) as (connection, tasks):
                 if connection.ready.size < size:
                     raise HypervisorRefused(f"disk {number} has {connection.ready.size} bytes, expected {size}")
-                what = Compared(sync, number, size, connection)
-                await self._disk(Comparison(what, self._exchange, tasks, self._hashers), connection, tasks)
+                comparison = Comparison(Compared(sync, number, size), self._exchange, tasks)
+                async for extent, hole in _walk(connection, size):
+                    await self._pace.take(0 if hole else extent.length)
+                    await self._room.acquire()
+                    tasks.create_task(self._one(comparison, scan, extent, hole=hole))
         self._now()
 
     def _now(self) -> None:
         self.findings.seconds = time.monotonic() - self.findings.began
 
-    async def _disk(self, comparison: Comparison, connection: DiskConnection, tasks: asyncio.TaskGroup) -> None:
-        position, size = 0, comparison.what.size
-        while position < size:
-            length, hole = await connection.first_holes(position, min(STATUS_WINDOW, size - position))
-            end = aligned(position, length, size, hole=hole)
-            if end <= position:
-                hole, end = False, min(size, position + SIGNED)
-            step = _HOLE if hole else COMPARED_READ
-            while position < end:
-                after = min(end, position // step * step + step)
-                await self._pace.take(0 if hole else after - position)
-                await self._room.acquire()
-                tasks.create_task(self._one(comparison, Extent(position, after - position), hole=hole))
-                position = after
-
-    async def _one(self, comparison: Comparison, extent: Extent, *, hole: bool) -> None:
+    async def _one(self, comparison: Comparison, scan: DiskScan, extent: Extent, *, hole: bool) -> None:
         try:
-            data = None if hole else await comparison.what.source.read(extent.offset, extent.length)
-            parts = await comparison.differences(extent, data)
-            if parts is None:
-                raise ApplianceUnreachable("the link broke while the disks were compared")
-            await self._count(comparison, extent, data, parts)
+            theirs = await comparison.theirs(extent)
+            if theirs is None:
+                raise _gone()
+            if hole:
+                found = comparison.zeroes(extent, theirs)
+            else:
+                found = await scan.visit(extent, comparison.look(extent, theirs))
+            pieces = await comparison.pieces(found)
+            if pieces is None:
+                raise _gone()
+            await self._count(comparison.what.disk, extent, found, pieces, hole=hole)
         finally:
             self._room.release()
 
-    async def _count(self, comparison: Comparison, extent: Extent, data: bytearray | None, parts: list[Extent]) -> None:
+    async def _count(
+        self, disk: int, extent: Extent, differing: list[Differing], pieces: list[Piece], *, hole: bool
+    ) -> None:
         found = self.findings
         crossing = -(-extent.length // SIGNED) * SIGNATURE_SIZE
-        if data is not None and parts:
-            crossing += DIGESTS_SIZE * len({part.offset // SIGNED for part in parts})
-            crossing += await asyncio.get_running_loop().run_in_executor(
-                self._hashers, _size_of_frames, comparison.what.disk, extent, data, parts
-            )
+        if pieces and not hole:
+            crossing += DIGESTS_SIZE * len(differing)
+            crossing += await asyncio.get_running_loop().run_in_executor(self._hashers, _size_of_frames, disk, pieces)
         found.done += extent.length
-        found.read += 0 if data is None else extent.length
-        found.differing += sum(part.length for part in parts)
+        found.read += 0 if hole else extent.length
+        found.differing += sum(len(data) for _, data in pieces)
         found.crossing += crossing
         self._now()
 
 
-def _size_of_frames(disk: int, extent: Extent, data: bytearray, parts: list[Extent]) -> int:
-    whole = memoryview(data)
-    pieces = [(part.offset, whole[part.offset - extent.offset : part.end - extent.offset]) for part in parts]
+async def _walk(connection: DiskConnection, size: int) -> AsyncIterator[tuple[Extent, bool]]:
+    """(extent, whether it is a hole) of a disk."""
+    position = 0
+    while position < size:
+        length, hole = await connection.first_holes(position, min(STATUS_WINDOW, size - position))
+        end = aligned(position, length, size, hole=hole)
+        if end <= position:
+            hole, end = False, min(size, position + SIGNED)
+        step = _HOLE if hole else STRETCH
+        while position < end:
+            after = min(end, position // step * step + step)
+            yield Extent(position, after - position), hole
+            position = after
+
+
+def _gone() -> ApplianceUnreachable:
+    return ApplianceUnreachable("the link broke while the disks were compared")
+
+
+def _size_of_frames(disk: int, pieces: list[Piece]) -> int:
     return sum(len(head) + len(body) for head, body in framing.frames_of_pieces(_STAMP, 0, disk, pieces))

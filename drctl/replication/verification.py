@@ -22,8 +22,8 @@ from uuid import uuid4
 import numpy as np
 
 from drctl.errors import ApplianceUnreachable, HypervisorRefused, WrongPhase
-from drctl.model.extent import BLOCK, SECTOR, Extent
-from drctl.replication.comparison import ASKED, COMPARED_READ, COMPARED_WINDOW
+from drctl.model.extent import BLOCK, SECTOR, Extent, MiB
+from drctl.replication.comparison import COMPARED_WINDOW
 from drctl.replication.disk_connection import DiskConnection, Export, connected
 from drctl.replication.marks import RingView
 from drctl.replication.reader import STATUS_WINDOW, Pace, aligned
@@ -37,8 +37,10 @@ CONFIRM = 3.0
 LOOKS = 12
 #: Longest that the other side may take to make durable what it was sent (seconds).
 PATIENCE = 60.0
+#: Read and asked about at once.
+COMPARED_READ = 1 * MiB
 #: A sample is drawn in pieces of this size.
-PIECE = ASKED * SIGNED
+PIECE = 16 * MiB
 
 Block = tuple[int, int]
 T = TypeVar("T")

@@ -273,7 +273,14 @@ class SignatureStore:
     def contents(self, disk: int, blocks: Sequence[int]) -> list[bytes | memoryview]:
         """The blocks as they are here. Raises IntegrityError."""
         source = self._source(self._disks[disk])
-        return [source.read(at * SIGNED, min(SIGNED, source.size - at * SIGNED)) for at in blocks]
+        found: dict[int, bytes | memoryview] = {}
+        for low, high in _runs(np.unique(np.asarray(blocks, np.int64))):
+            for first in range(low, high, _PIECE // SIGNED):
+                begin = first * SIGNED
+                data = source.read(begin, min(min(high * SIGNED, begin + _PIECE), source.size) - begin)
+                for at in range(0, len(data), SIGNED):
+                    found[first + at // SIGNED] = data[at : at + SIGNED]
+        return [found[block] for block in blocks]
 
     def verify(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Compare all signatures that hold with the data: (bytes read, [(disk, block)] that are not as signed)."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 import numpy as np
@@ -106,6 +107,7 @@ def signatures(key: bytes, data: Buffer) -> bytes:
     )
 
 
+@lru_cache(64)
 def zero_signature(key: bytes, length: int = SIGNED) -> bytes:
     """The signature of a block of zeroes."""
     return blake3(bytes(length), key=key).digest(SIGNATURE_SIZE)
@@ -134,13 +136,8 @@ def differing(ours: Buffer, theirs: Buffer) -> list[int]:
     return found
 
 
-def mask_of(ours: Buffer, theirs: Buffer) -> int:
-    """Bit n is set where digest n of one block differs."""
-    left, right = (np.frombuffer(each, np.uint8).reshape(PARTS, DIGEST_SIZE) for each in (ours, theirs))
-    return int(np.packbits((left != right).any(axis=1), bitorder="little").view("<u2")[0])
-
-
-def runs_of(mask: int) -> list[tuple[int, int]]:
+@lru_cache(8192)
+def runs_of(mask: int) -> tuple[tuple[int, int], ...]:
     """The runs of set bits in a mask, as (first, one past the last)."""
     bits = [bool(mask >> part & 1) for part in range(PARTS)] + [False]
     runs: list[tuple[int, int]] = []
@@ -151,7 +148,7 @@ def runs_of(mask: int) -> list[tuple[int, int]]:
         elif not differs and start >= 0:
             runs.append((start, part))
             start = -1
-    return runs
+    return tuple(runs)
 
 
 # Bodies of messages
@@ -215,8 +212,7 @@ def check_asked(message: Compare | Digests, sizes: dict[int, int]) -> None:
 
 def parts_that_differ(key: bytes, asked: Digests, contents: Sequence[Buffer]) -> PartMasks:
     """The answer to DIGESTS. `contents`: the blocks as they are here."""
-    masks = []
-    for index, block in enumerate(contents):
-        theirs = asked.data[index * DIGESTS_SIZE : (index + 1) * DIGESTS_SIZE]
-        masks.append(mask_of(digests(key, block), theirs))
+    ours = np.frombuffer(b"".join(digests(key, block) for block in contents), np.uint32)
+    differs = (ours != np.frombuffer(asked.data, np.uint32)).reshape(-1, PARTS, DIGEST_SIZE // 4).any(axis=2)
+    masks: list[int] = np.packbits(differs, axis=1, bitorder="little").view("<u2").reshape(-1).tolist()
     return PartMasks(asked.id, tuple(masks))
