@@ -18,6 +18,8 @@ from drctl.appliance.certificate_service import CertificateService
 from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
+from drctl.appliance.evacuation import Evacuations, in_the_way
+from drctl.appliance.evacuation_record import EvacuationFile
 from drctl.appliance.failback_exports import OldExports
 from drctl.appliance.failback_ports import Deps
 from drctl.appliance.failback_reign import FailbackReign
@@ -80,6 +82,9 @@ class Appliance:
             home, self._host, source.protection, source.refuse_superseded, source.who_reigns
         )
         self._roles = Roles(source, self._stores)
+        self._evacuations = Evacuations(
+            EvacuationFile(home.path), home.config.host, source, self._host, self._in_the_way
+        )
         exports = OldExports(home.run, self._processes)
         deps = Deps(self._host, source, self._held, exports, self._expiry, self._recovery.reigns.state)
         self._failbacks, self._away = FailbackService(home, deps), FailbackReign(home, deps)
@@ -157,9 +162,10 @@ class Appliance:
             "group.remove": self._group_remove,
             "group.list": self._group_list,
             "group.status": self._group_status,
-            "replicate.start": source.replicate_start,
+            **self._evacuations.handlers(),
+            "replicate.start": self._evacuations.guarded(source.replicate_start),
             "replicate.pause": source.replicate_pause,
-            "replicate.resume": source.replicate_start,
+            "replicate.resume": self._evacuations.guarded(source.replicate_start),
             "replicate.stop": self._replicate_stop,
             "replicate.seed": self._seeds.take,
             "resync": source.resync,
@@ -200,7 +206,12 @@ class Appliance:
         }
 
     def _info(self) -> dict[str, Any]:
-        return appliance_info(self._home, self._host)
+        return appliance_info(self._home, self._host) | {"evacuation": self._evacuations.told()}
+
+    def _in_the_way(self) -> list[str]:
+        """What forbids an evacuation of this host."""
+        handovers = {name: self._handovers.told(name) for name in self._source.names()}
+        return in_the_way(handovers, {name: self._recovery.recoveries(name) for name in self._stores.names()})
 
     # -- groups of either role --------------------------------------------------------------------------------------
 
@@ -271,10 +282,10 @@ class Appliance:
     def _group_status(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
         name = str(params.get("group"))
+        more = {"failback": self._failbacks.told(name), "evacuated": self._evacuations.told(name)}
         if self._roles.of(name) == SOURCE:
-            more = {"handover": self._handovers.told(name), "failback": self._failbacks.told(name)}
-            return self._source.status(name) | more
-        return self._stores.status(name) | {"failback": self._failbacks.told(name)}
+            return self._source.status(name) | {"handover": self._handovers.told(name)} | more
+        return self._stores.status(name) | more
 
 
 def _connect(uri: str, stopped: threading.Event) -> LibvirtHypervisor:

@@ -17,6 +17,8 @@ from drctl.errors import DrctlError
 
 #: Methods that change something because somebody said so; what processes tell each other is not history.
 CHANGING = (
+    "host.evacuate",
+    "host.return",
     "link.put",
     "link.limit",
     "group.put",
@@ -50,6 +52,9 @@ CHANGING = (
 PICTURED = ("failover.run", "switchover.run", "handover.run", "handover.undo", "rollback", "commit")
 #: What of the parameters a line keeps, besides the group.
 DETAILS = (
+    "shutdown",
+    "recoveries",
+    "left",
     "what",
     "changes",
     "repair",

@@ -48,7 +48,7 @@ class ReignGuard:
         name = protection.state.spec.name
         if self.marks.done(name):
             return
-        guard = BootGuard(protection, self._host, self.marks, self._ask, self._stopped, time.monotonic, self._decided)
+        guard = BootGuard(protection, self._host, self.marks, self.ask, self._stopped, time.monotonic, self._decided)
         protection.boot = guard
         self._boots.append(guard)
         threading.Thread(target=self._run, args=(guard,), name=f"boot-{name}", daemon=True).start()
@@ -83,9 +83,9 @@ class ReignGuard:
 
     def who_reigns(self, state: GroupState) -> Answer:
         """Ask where the group reigns, and under which generation, whatever we know of it. Blocks for some seconds."""
-        return self._ask(msgspec.structs.replace(state, generation=ANY_GENERATION))
+        return self.ask(msgspec.structs.replace(state, generation=ANY_GENERATION))
 
-    def _ask(self, state: GroupState) -> Answer:
+    def ask(self, state: GroupState) -> Answer:
         config = self._home.config
         try:
             peer = self._home.peer(state.spec.recovery)

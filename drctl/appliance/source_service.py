@@ -14,6 +14,7 @@ from typing import Any
 from drctl.appliance.change_tracking import ChangeTracking
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
+from drctl.appliance.evacuation_record import EvacuationFile
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.guest_notes import wanted
 from drctl.appliance.image_stamp import RUNNING
@@ -49,9 +50,13 @@ class SourceService:
         self._reign = ReignGuard(home, host)
 
     def start(self) -> None:
-        """Take up all groups where an earlier supervisor left them."""
+        """Take up all groups where an earlier supervisor left them. Guests that an evacuation has shut down are started
+        by the host's return, and not by its boot."""
+        held = EvacuationFile(self._home.path).shut_down()
         for name in self._files.names():
-            self._reign.boot(self._open(name))
+            protection = self._open(name)
+            if name not in held:
+                self._reign.boot(protection)
         self.refuse_superseded()
 
     def await_first_answers(self) -> None:
@@ -101,6 +106,17 @@ class SourceService:
     def who_reigns(self, state: GroupState) -> Answer:
         """What the other site says of a group that was handed over. Blocks for some seconds."""
         return self._reign.who_reigns(state)
+
+    def reigns(self, state: GroupState) -> Answer:
+        """What the other site says of a group under the generation that we know. Blocks for some seconds."""
+        return self._reign.ask(state)
+
+    def superseded(self, name: str, reason: str) -> None:
+        self._protection({"group": name}).superseded(reason)
+
+    def booted(self, name: str) -> None:
+        """The group's guests have had their boot."""
+        self._reign.marks.set(name)
 
     def protection(self, group: str) -> Protection:
         """Raises NotFound."""
@@ -175,8 +191,6 @@ class SourceService:
     def summary(self, name: str) -> dict[str, Any]:
         state = self._protection({"group": name}).state
         return {"phase": state.phase.value, "generation": state.generation, "spec": asdict(state.spec)}
-
-    # -- replicate --------------------------------------------------------------------------------------------------
 
     def replicate_start(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Protect the group, with the disks that its machines have now; returns once every running one is attached."""

@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from drctl.cli import render
+from drctl.cli import host_evacuation, render
 from drctl.cli.inventory import Answer, ask, in_parallel, info_method
 from drctl.cli.options import Format, Output, begin, examples, noun
 
 app = noun("Hypervisor hosts.")
+
+app.command("evacuate", epilog=host_evacuation.EVACUATE_EXAMPLES)(host_evacuation.evacuate)
+app.command("return", epilog=host_evacuation.RETURN_EXAMPLES)(host_evacuation.come_back)
 
 _TITLES = {"host_kind": "kind"}
 
@@ -58,6 +61,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "link": host.link,
         "appliance": "unreachable" if answer.failed else info.get("state", "running"),
         "problem": str(answer.error) if answer.error else "",
+        "evacuation": info.get("evacuation"),
         "version": info.get("version"),
         "versions": info.get("versions") or {},
         "capabilities": info.get("capabilities") or {},
@@ -72,17 +76,32 @@ def _row(answer: Answer) -> tuple[str, ...]:
         stores.values(), key=lambda store: store.get("free") or 0, default={}
     )
     free = place.get("free")
-    state, version = facts["appliance"], render.word(facts["version"])
+    state, version = _state(facts), render.word(facts["version"])
     return (facts["host"], facts["site"], facts["host_kind"], state, version, facts["uri"], render.size(free))
+
+
+def _state(facts: dict[str, Any]) -> str:
+    """The appliance's, and that its host is evacuated: `leaving`, `evacuated` or `returning`."""
+    evacuation = facts["evacuation"]
+    return f"{facts['appliance']}, {evacuation['phase']}" if evacuation else str(facts["appliance"])
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """One host in full, as people read it."""
-    lines = [(_TITLES.get(key, key), _plain(value)) for key, value in facts.items() if key != "space"]
+    lines = [
+        (_TITLES.get(key, key), _plain(value)) for key, value in facts.items() if key not in ("space", "evacuation")
+    ]
+    if facts["evacuation"]:
+        lines.append(("evacuation", _evacuation(facts["evacuation"])))
     for name, place in facts["space"].items():
         free = f"{render.size(place.get('free'))} of {render.size(place.get('total'))} free in {place.get('path')}"
         lines.append((f"{name} space", free))
     return lines
+
+
+def _evacuation(told: dict[str, Any]) -> str:
+    by = f" by {told['by']}" if told.get("by") else ""
+    return f"{told['phase']} since {render.moment(told['since'])}{by}; drctl host return {told['host']}"
 
 
 def _plain(value: Any) -> str:

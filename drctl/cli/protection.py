@@ -20,7 +20,8 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "group": group,
         "phase": _get(source, "phase"),
         "reason": _half_back(group, source, recovery)
-        or (UNPROTECTED if failed_over else _half_done(group, source) or _get(source, "reason") or ""),
+        or (UNPROTECTED if failed_over else _half_done(group, source) or _away(source, recovery))
+        or "",
         "generation": max((int(side.get("generation") or 0) for side in (source, recovery) if side), default=0) or None,
         # What runs at the recovery site since a failover is replicated nowhere: the old checkpoints are no RPO of it.
         "rpo_seconds": newest["age_seconds"] if newest and not failed_over else None,
@@ -40,8 +41,24 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "recovery_mode": _get(recovery, "mode"),
         "recoveries": _get(recovery, "recoveries") or [],
         "failback": _part(recovery, "failback", ("phase", "checkpoint", "kept_until", "leftovers")),
+        "evacuated": _evacuated(source, recovery),
         "told_source": _told_source(recovery),
     }
+
+
+def _evacuated(source: Status | None, recovery: Status | None) -> Status | None:
+    """The evacuation of the group's host at either side."""
+    keys = ("host", "since", "by", "phase")
+    return _part(source, "evacuated", keys) or _part(recovery, "evacuated", keys)
+
+
+def _away(source: Status | None, recovery: Status | None) -> str:
+    """What the source says, and that the group is not replicated since a host of it is evacuated."""
+    reason = str(_get(source, "reason") or "")
+    away = _evacuated(source, recovery)
+    if away is None or _get(source, "phase") not in ("paused", None):
+        return reason
+    return f"host {away['host']} is evacuated: drctl host return {away['host']}"
 
 
 def _half_done(group: str, source: Status | None) -> str:

@@ -85,6 +85,7 @@ class FakeAppliance:
         self.limits: list[dict[str, Any]] = []
         self.override: dict[str, Any] | None = None
         self.in_force: dict[str, Any] | None = None
+        self.evacuation: dict[str, Any] | None = None
 
     def call(
         self,
@@ -122,8 +123,39 @@ class FakeAppliance:
             "findings": [],
         }
 
+            "evacuation": self._evacuated(),
     def _support_collect(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"files": {"logs/tap-web.log": "tap: vm.vda: connection 1\n"}}
+    def _evacuated(self) -> dict[str, Any] | None:
+        away = self.evacuation
+        return {"host": self.host, **{key: away[key] for key in ("since", "by", "phase")}} if away else None
+
+    def _active(self) -> list[str]:
+        own = [name for name in self.groups if self._role(name) == "source"]
+        return [name for name in own if self.phases.get(name) in ("live", "syncing", "catching-up")]
+
+    def _host_evacuation(self, _: dict[str, Any]) -> dict[str, Any]:
+        rows = [
+            {"group": name, "phase": "live", "running": self.groups[name]["machines"], "recovery": "beta"}
+            for name in self._active()
+        ]
+        return {"host": self.host, "evacuation": self.evacuation, "sources": rows, "reasons": []}
+
+    def _host_evacuate(self, params: dict[str, Any]) -> dict[str, Any]:
+        away = self.evacuation or {"since": NOW, "by": params["by"], "sources": {}, "recoveries": {}}
+        self.evacuation = away | {"phase": "evacuated"}
+        away["recoveries"] |= params["recoveries"]
+        for name in self._active():
+            away["sources"][name] = self.groups[name]["machines"] if params["shutdown"] else []
+            self.phases[name] = "paused"
+        return {"host": self.host, "evacuation": self.evacuation, "failed": {}}
+
+    def _host_return(self, params: dict[str, Any]) -> dict[str, Any]:
+        names = list((self.evacuation or {"sources": {}})["sources"])
+        self.phases |= dict.fromkeys(names, "live")
+        self.evacuation = None
+        return {"host": self.host, "evacuation": None, "returned": names, "failed": {}}
+
 
     def _certificate_show(self, _: dict[str, Any]) -> dict[str, Any]:
         begin = NOW - 86400 * 100
@@ -193,6 +225,7 @@ class FakeAppliance:
             "ring": {"size": 2**28, "used": 4096},
         }
 
+            "evacuated": self._evacuated(),
     def _recovery_status(self, group: str) -> dict[str, Any]:
         points = [{"number": row["number"], "time": row["time"]} for row in self.checkpoints]
         return {
@@ -211,6 +244,7 @@ class FakeAppliance:
             "recoveries": self.failovers,
         }
 
+            "evacuated": self._evacuated(),
     def _link_list(self, params: dict[str, Any]) -> list[dict[str, Any]]:
         other = "beta" if self.site == "alpha" else "alpha"
         groups = [

@@ -21,7 +21,7 @@ GROUP = {
     "interval_seconds": (*NUMBER, NONE), "newest": (dict, NONE), "oldest": (dict, NONE), "checkpoints": (int, NONE),
     "history": (dict, NONE), "journal": (dict, NONE), "link": (dict, NONE), "backlog_bytes": (int, NONE),
     "sync": (dict, NONE), "ring": (dict, NONE), "machines": list, "boot": (dict, NONE), "strays": (list, NONE), "recovery_mode": (str, NONE), "recoveries": list, "failback": (dict, NONE),
-    "source": (dict, NONE), "recovery": (dict, NONE),
+    "source": (dict, NONE), "recovery": (dict, NONE), "evacuated": (dict, NONE),
 }  # fmt: skip
 LINK = {
     "from": str, "from_host": str, "to": str, "to_host": str, "address": str, "limits": list, "override": (dict, NONE),
@@ -33,7 +33,7 @@ CHECKPOINT = {
 }  # fmt: skip
 HOST = {
     "host": str, "site": str, "host_kind": str, "uri": str, "control": str, "link": str, "appliance": str, "problem": str,
-    "version": (str, NONE), "versions": dict, "capabilities": dict, "space": dict,
+    "version": (str, NONE), "versions": dict, "capabilities": dict, "space": dict, "evacuation": (dict, NONE),
 }  # fmt: skip
 MACHINE = {
     "machine": str, "site": str, "host": str, "state": (str, NONE), "uuid": (str, NONE), "group": str, "protected": bool,
