@@ -7,7 +7,8 @@
     │   └── AlreadyExists        12
     ├── Locked                   13   another drctl holds it
     ├── Refused                  14   a guard said no (generation, confirmation, unsafe version)
-    │   └── SourceAlive          15   a failover would make a second copy of machines that run
+    │   ├── SourceAlive          15   a failover would make a second copy of machines that run
+    │   └── RetentionLocked      16   a retention lock keeps history from being shortened or deleted
     ├── HostUnreachable          20
     ├── HypervisorRefused        21
     ├── ApplianceUnreachable     22
@@ -125,6 +126,13 @@ class SourceAlive(Refused):
 
     exit_code = 15
     slug = "source-alive"
+
+
+class RetentionLocked(Refused):
+    """A retention lock keeps the group's history from being shortened or deleted; names the date until when."""
+
+    exit_code = 16
+    slug = "retention-locked"
 
 
 class HostUnreachable(DrctlError):

@@ -229,9 +229,16 @@ class Appliance:
         del progress
         name = str(params.get("group"))
         if self._roles.of(name) == SOURCE:
-            self._source.remove(name)
-            if name in self._stores.names():  # what the group had left here is history, and goes with it
-                self._expiry.keep(name, KEEP_SECONDS, "the group was deleted")
+            left = name in self._stores.names()  # what the group had left here is history, and goes with it
+            until = self._expiry.until(name) if left else None
+            if left:
+                self._expiry.keep(name, KEEP_SECONDS, "the group was deleted")  # first: its lock may refuse it
+            try:
+                self._source.remove(name)
+            except DrctlError:
+                if left and until is None:
+                    self._expiry.forget(name)
+                raise
             return {"group": name, "removed": True, "kept_until": None}
         return {"group": name, "removed": True, "kept_until": self._stores.remove(name)}
 

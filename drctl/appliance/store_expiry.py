@@ -6,12 +6,14 @@ import json
 import logging
 import shutil
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from drctl.appliance.client import Client
 from drctl.errors import DrctlError
+from drctl.model.duration import format_duration
 from drctl.store.group_store import GroupStore
+from drctl.store.retention_lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,12 @@ class StoreExpiry:
         self._swept = 0.0
 
     def keep(self, group: str, seconds: float, why: str) -> float:
-        """Keep the store that long from now; returns the moment (seconds since the epoch)."""
+        """Keep the store that long from now; returns the moment (seconds since the epoch).
+
+        Raises RetentionLocked when its lock lasts longer than that."""
         until = time.time() + seconds
+        if (end := self.locked_until(group)) > until:
+            raise locked(f"{group} can't be deleted {_when(seconds)}", group, end)
         temporary = self._stores / group / f".{_FILE}.new"
         temporary.write_text(json.dumps({"until": until, "why": why}))
         temporary.replace(self._stores / group / _FILE)
@@ -43,6 +49,11 @@ class StoreExpiry:
         """The group is wanted again: keep its store."""
         (self._stores / group / _FILE).unlink(missing_ok=True)
 
+    def locked_until(self, group: str) -> float:
+        """The end of the group's retention lock, seconds since the epoch; 0.0: it has none."""
+        with closing(GroupStore.open(self._stores / group)) as store:
+            return store.locked_until()
+
     def until(self, group: str) -> float | None:
         try:
             return float(json.loads((self._stores / group / _FILE).read_text())["until"])
@@ -50,7 +61,7 @@ class StoreExpiry:
             return None
 
     def sweep(self) -> list[str]:
-        """Delete what has expired, at most each minute; a store with a pin (a view, a failover) waits."""
+        """Delete what has expired, at most each minute; a store with a pin (a view, a failover) or a lock waits."""
         if time.monotonic() - self._swept < SWEEP_SECONDS:
             return []
         self._swept = time.monotonic()
@@ -62,9 +73,9 @@ class StoreExpiry:
         root = self._stores / group
         try:
             store = GroupStore.open(root)
-            pinned = bool(store.pins())
+            held = bool(store.pins()) or store.locked_until() > time.time()
             store.close()
-            if pinned:
+            if held:
                 return False
             with suppress(DrctlError):
                 Client(f"unix:{self._receiver}").call("group.release", {"group": group})
@@ -78,3 +89,7 @@ class StoreExpiry:
         shutil.rmtree(doomed)
         log.info("%s: replica and checkpoints deleted, their time was over", group)
         return True
+
+
+def _when(seconds: float) -> str:
+    return f"in {format_duration(seconds)}" if seconds > 0 else "now"

@@ -20,6 +20,7 @@ from drctl.model.group import GroupSpec
 from drctl.store.group_info import StoreMode
 from drctl.store.group_store import GroupStore
 from drctl.store.retention import Forecast
+from drctl.store.retention_lock import locked, locked_until
 from drctl.store.signatures import verify_signatures
 
 #: Bytes of a disk verified between two reports of progress.
@@ -69,7 +70,7 @@ class StoreService:
             info = store.info
             count, oldest, newest = store.count(), store.oldest(), store.newest()
             ahead = store.forecast(time.time())
-            definition = store.definition() or {}
+            definition, until = store.definition() or {}, store.locked_until()
         spec = definition.get("spec") or {}
         history = newest.time - oldest.time if newest and oldest else None
         return {
@@ -88,6 +89,7 @@ class StoreService:
             "journal": {"bytes": ahead.used, "limit": info.retention.journal_limit},
             "history": {"seconds": history, "target": info.retention.history, "forecast": _forecast(ahead)},
             "kept_until": self._expiry.until(name),
+            "lock": {"seconds": info.retention.lock, "until": until} if info.retention.lock else None,
             "recoveries": self._recoveries(name),
         }
 
@@ -108,6 +110,8 @@ class StoreService:
         del progress
         with self._stores.open(str(params.get("group"))) as store:
             chosen = _resolve(store, params)
+            if params.get("remove"):
+                _demand_unlocked(store, chosen)
             for tag in params.get("tags") or ():
                 store.tag(chosen.number, str(tag))
             for tag in params.get("remove") or ():
@@ -139,7 +143,8 @@ class StoreService:
         del progress
         name = str(params.get("group"))
         with self._stores.open(name):
-            seconds = float(params.get("keep_replica_seconds") or KEEP_SECONDS)
+            asked = params.get("keep_replica_seconds")
+            seconds = KEEP_SECONDS if asked is None else float(asked)
             return {"group": name, "kept_until": self._expiry.keep(name, seconds, "replication was stopped")}
 
     def remove(self, name: str) -> float:
@@ -152,6 +157,13 @@ class StoreService:
     def mode(self, name: str) -> StoreMode:
         with self._stores.open(name) as store:
             return store.info.mode
+
+
+def _demand_unlocked(store: GroupStore, checkpoint: Checkpoint) -> None:
+    """Raises RetentionLocked for one that is younger than the lock: without its tag the ladder might drop it."""
+    until = locked_until(store.info.retention, checkpoint.time)
+    if until > time.time():
+        raise locked(f"checkpoint #{checkpoint.number} keeps its tags", store.info.group, until)
 
 
 def _forecast(ahead: Forecast) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.group_file import decode_group, group_path, read_groups, render_group, spec_json
 from drctl.cli.inventory import Inventory, Place, take_inventory
+from drctl.cli.replicate import KEEP_REPLICA
+from drctl.cli.retention import demand_unlocked
 from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
 from drctl.errors import AlreadyExists, ApplianceUnreachable, NotFound, WrongPhase
 from drctl.model.group import GroupSpec
@@ -127,7 +129,8 @@ def delete(
 ) -> int:
     """Delete a group: its file, and what both sites know of it. Its replica and checkpoints go with it.
 
-    The group's name has to be typed, or given by --confirm. A group that is replicated has to be stopped first.
+    The group's name has to be typed, or given by --confirm. A group that is replicated has to be stopped first, and one
+    whose retention lock lasts longer than the 7 days after which history goes is refused, with the date.
     Exits with 3 when the recovery site keeps its history."""
     context = begin(ctx)
     inventory = take_inventory(context)
@@ -141,6 +144,9 @@ def delete(
         raise NotFound("group", group, known=inventory.groups)
     # The source first: a recovery side without its group would refuse a source that still sends.
     ordered = sorted(places, key=lambda place: place.role == "recovery")
+    for place in places:
+        if place.role == "recovery":
+            demand_unlocked(context, place.host, group, KEEP_REPLICA)
     steps = [f"remove {group} at {place.host.site}/{place.host.name} ({place.role})" for place in ordered]
     steps += [f"delete {path}"] if path and path.exists() else []
     if propose(context.screen, steps, dry_run=dry_run, yes=yes):
@@ -184,7 +190,7 @@ def _summary(name: str, spec: GroupSpec | None, inventory: Inventory) -> dict[st
 
 def _spell(key: str, value: Any) -> str:
     """A setting as people read it."""
-    if key in ("checkpoint_interval", "history"):
+    if key in ("checkpoint_interval", "history", "lock"):
         return render.duration(value)
     if key in ("journal_limit", "ring_size"):
         return render.size(value)

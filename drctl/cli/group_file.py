@@ -132,7 +132,10 @@ def _ladder(table: Table, default: tuple[Rung, ...]) -> tuple[Rung, ...]:
 
 
 def render_group(spec: GroupSpec) -> str:
+        lock=table.duration("lock", base.lock),
     """The TOML file of a new group: what the operator chose; the rest stays with the defaults."""
+    if retention.lock > retention.history:
+        raise table.error("lock", "is longer than the history", hint="history must be at least as long as its lock")
     import tomlkit
 
     document = tomlkit.document()

@@ -33,6 +33,7 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "journal": _part(recovery, "journal", ("bytes", "limit")),
         "link": _part(source, "link", ("state", "offset_ms", "error", "limit")),
         "backlog_bytes": _get(source, "backlog_bytes"),
+        "lock": _part(recovery, "lock", ("seconds", "until")),
         "sync": _get(source, "sync"),
         "ring": _part(source, "ring", ("size", "used")),
         "machines": _get(source, "machines") or [],

@@ -15,6 +15,7 @@ from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, GroupName, Timeout, Yes, begin, examples, noun, seconds
 from drctl.cli.protection import describe
 from drctl.cli.status import draw, look
+from drctl.cli.retention import demand_unlocked
 from drctl.errors import DrctlError, Refused, StepFailed, WrongPhase
 from drctl.model.site import Host
 
@@ -136,6 +137,7 @@ def stop(
     inventory = take_inventory(context)
     source, recovery = side(context, group, "source", inventory), side(context, group, "recovery", inventory)
     stopped = inventory.find(group, "source")
+    Refused when the group's retention lock lasts longer than that.
     if stopped is not None and stopped.state == "unprotected" and keep_replica is None:
         context.screen.line(f"{group} is not replicated already; change how long its replica is kept: --keep-replica")
         return 0

@@ -151,10 +151,18 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         *_old_disks(picture["failback"] or {}),
         ("checkpoints", render.word(picture["checkpoints"])),
         ("history", f"{render.duration(history.get('seconds'))} of {render.duration(history.get('target_seconds'))}"),
+        *_lock(picture["lock"] or {}),
         ("journal", f"{render.size(journal.get('bytes'))} of {render.size(journal.get('limit'))}"),
         ("backlog", _told_by_source(picture, render.size(picture["backlog_bytes"]))),
         ("link", _told_by_source(picture, _link(link))),
     ]
+
+
+def _lock(lock: dict[str, Any]) -> list[tuple[str, str]]:
+    if not lock:
+        return []
+    until = f"; what there is now until {render.moment(lock['until'])}" if lock.get("until") else ""
+    return [("retention lock", f"{render.duration(lock['seconds'])}{until}")]
 
 
 def _boot(picture: dict[str, Any]) -> list[tuple[str, str]]:

@@ -94,6 +94,7 @@ def retention_from(fields: dict[str, Any]) -> Retention:
         float(fields.get("history", default.history)),
         tuple(rungs) or default.ladder,
         int(fields.get("journal_limit", default.journal_limit)),
+        float(fields.get("lock", default.lock)),
     )
 
 

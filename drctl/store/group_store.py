@@ -29,6 +29,7 @@ from drctl.store.journal import FrameList, Journal, SealPolicy
 from drctl.store.label import CheckpointKey, read_pins, read_tags, remove_pin, write_pin, write_tags
 from drctl.store.reader import StoreReader, disks_of, label_of
 from drctl.store.replica import Replica, create_base
+from drctl.store.retention_lock import allowed, locked_until, strengthened
 from drctl.store.segment import PlacedFrame, Segment, StreamKey, SyncProgress
 from drctl.store.view import View
 from drctl.wire.frame import FrameHeader, FrameKind
@@ -160,7 +161,16 @@ class GroupStore(StoreReader):
         change_info(self.root, lambda info: replace(info, mode=mode))
 
     def set_retention(self, retention: Retention) -> None:
-        change_info(self.root, lambda info: replace(info, retention=retention))
+        """Raises RetentionLocked when that would shorten what is under a lock (retention_lock.py)."""
+        until = self.locked_until()
+        change_info(
+            self.root, lambda info: replace(info, retention=allowed(info.group, info.retention, retention, until))
+        )
+
+    def locked_until(self) -> float:
+        """The moment from which the store may be deleted, as far as its lock is concerned; 0.0: at once."""
+        newest = self.newest()
+        return locked_until(self.info.retention, newest.time if newest else None)
 
     # Writing
 
@@ -238,8 +248,9 @@ class GroupStore(StoreReader):
             raise ProtocolViolation(f"malformed DEFINITION frame: {exc}") from exc
         for disk in disks:
             create_base(self.root, disk)
+        # What comes from the source may not shorten what is locked here: it may be the attacker's.
         changed = change_info(
-            self.root, lambda info: replace(with_disks(info, disks), retention=wanted or info.retention)
+            self.root, lambda info: replace(with_disks(info, disks), retention=strengthened(info.retention, wanted))
         )
         if changed.mode is StoreMode.INITIAL:
             atomic.write_json(self.root / "definition.json", definition)
@@ -259,7 +270,8 @@ class GroupStore(StoreReader):
         if self.journal.size + size > limit:
             raise OutOfSpace(
                 f"{info.group}: the journal is at its limit of {limit} bytes",
-                hint="raise journal_limit, shorten the history, or remove tags and pins",
+                hint="raise journal_limit, shorten the history, or remove tags and pins"
+                + ("; what is younger than its retention lock gives no way" if info.retention.lock else ""),
                 group=info.group,
             )
 

@@ -164,7 +164,7 @@ class Maintenance:
         target = _before(segments, next(mark for mark in marks if CheckpointKey(mark.epoch, mark.number) in kept))
         used, limit = self._reader.used(), info.retention.journal_limit
         if used > _HIGH * limit:
-            most = self._most(segments, marks)
+            most = min(self._most(segments, marks), _unlocked(segments, marks, info, now))
             for segment in segments.between(info.base_position + 1, most):
                 if used <= _LOW * limit and segment.last > target:
                     break
@@ -201,6 +201,13 @@ class Maintenance:
     def close(self) -> None:
         self._reader.close()
         os.close(self._lock)
+
+
+def _unlocked(segments: SegmentList, marks: list[Moment], info: GroupInfo, now: float) -> int:
+    """The log that no promotion for want of room may pass: what is younger than the retention lock stays."""
+    lock = info.retention.lock
+    young = next((mark for mark in marks if now - mark.time <= lock), marks[-1]) if lock else marks[-1]
+    return _before(segments, young)
 
 
 def _before(segments: SegmentList, mark: Moment) -> int:

@@ -20,16 +20,16 @@ def keep(moments: Sequence[tuple[K, float]], retention: Retention, now: float, h
         kept.add(moments[-1][0])
     taken: set[tuple[float, int]] = set()
     for key, time in moments:
-        every = _every(retention, now - time)
+        every = interval_at(retention, now - time)
         slot = (every, int(time // every)) if every else (0.0, 0)
         # One beyond history has its slot still: what was dropped in its favour is not wanted again.
-        if now - time <= retention.history and (not every or slot not in taken):
+        if now - time <= max(retention.history, retention.lock) and (not every or slot not in taken):
             kept.add(key)
         taken.add(slot)
     return kept
 
 
-def _every(retention: Retention, age: float) -> float:
+def interval_at(retention: Retention, age: float) -> float:
     """The interval of the rung for a checkpoint of this age; the last rung goes on for ever."""
     for rung in retention.ladder:
         if age <= rung.within:

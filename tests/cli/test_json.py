@@ -21,7 +21,7 @@ GROUP = {
     "interval_seconds": (*NUMBER, NONE), "newest": (dict, NONE), "oldest": (dict, NONE), "checkpoints": (int, NONE),
     "history": (dict, NONE), "journal": (dict, NONE), "link": (dict, NONE), "backlog_bytes": (int, NONE),
     "sync": (dict, NONE), "ring": (dict, NONE), "machines": list, "boot": (dict, NONE), "strays": (list, NONE), "recovery_mode": (str, NONE), "recoveries": list, "failback": (dict, NONE),
-    "source": (dict, NONE), "recovery": (dict, NONE), "evacuated": (dict, NONE),
+    "source": (dict, NONE), "recovery": (dict, NONE), "evacuated": (dict, NONE), "lock": (dict, NONE),
 }  # fmt: skip
 LINK = {
     "from": str, "from_host": str, "to": str, "to_host": str, "address": str, "limits": list, "override": (dict, NONE),
