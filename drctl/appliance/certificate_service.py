@@ -1,4 +1,4 @@
-"""Control methods by which the operator renews this appliance's certificate. The CA's key never comes here.
+"""Control methods by which the operator renews this appliance's certificate. The CA's key comes here sealed only.
 
 The appliance makes a new key and asks; the operator's machine, which has the CA's key, signs; both are put in place
 together. Connections that stand go on, new ones are made with the new certificate: nothing is restarted."""
@@ -14,26 +14,30 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from drctl.appliance.config import Home
 from drctl.appliance.control import Handler, Progress
 from drctl.errors import CertificateRejected
-from drctl.replication import identity
+from drctl.replication import authority, identity
 
 
 class CertificateService:
-    """`certificate.show`, `.request` and `.install` of one appliance."""
+    """`certificate.show`, `.request` and `.install`, `authority.keep` and `.fetch` of one appliance."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
+        self._copy = home.path / "authority"
 
     def handlers(self) -> dict[str, Handler]:
         return {
             "certificate.show": self.show,
             "certificate.request": self.request,
             "certificate.install": self.install,
+            "authority.keep": self.keep,
+            "authority.fetch": self.fetch,
         }
 
     def show(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """{} → {appliance, not_before, not_after, renewal (seconds since the epoch), due, problem}."""
+        """{} → {appliance, not_before, not_after, renewal (seconds since the epoch), due, problem, authority}."""
         del params, progress
         told: dict[str, Any] = {"appliance": self._home.config.uuid, "due": True, "problem": ""}
+        told["authority"] = authority.kept(self._copy)
         try:
             begin, end = identity.certificate_expiry(self._home.tls)
             renewal = identity.renewal_due(self._home.tls)
@@ -67,3 +71,14 @@ class CertificateService:
             )
         identity.install_certificate(self._home.tls, given, ca)
         return self.show({}, progress)
+
+    def keep(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """{files} → {fingerprint}: keep a sealed copy of the authority. Raises CertificateRejected."""
+        del progress
+        files = {str(name): str(text) for name, text in dict(params.get("files") or {}).items()}
+        return {"fingerprint": authority.keep(self._copy, files, (self._home.tls / "ca.pem").read_bytes())}
+
+    def fetch(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """{} → {files}: the sealed copy. Raises NotFound."""
+        del params, progress
+        return {"files": authority.fetch(self._copy)}

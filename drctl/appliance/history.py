@@ -44,6 +44,8 @@ CHANGING = (
     "rollback",
     "commit",
     "certificate.install",
+    "authority.keep",
+    "authority.fetch",
     "appliance.note",
     "failback.prepare",
     "failback.protect",

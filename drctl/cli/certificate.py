@@ -4,6 +4,7 @@ The CA's key stays on the operator's machine: an appliance makes a request, it i
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,13 +43,14 @@ def list_(ctx: typer.Context, output: Output = Format.TEXT) -> int:
     if context.screen.as_json:
         context.document("certificates", certificates=rows)
     else:
-        columns = ("host", "appliance", "valid until", "renew from", "problem")
+        columns = ("host", "appliance", "valid until", "renew from", "authority's copy", "problem")
         lines = [
             (
                 row["host"],
                 render.word(row["appliance"]),
                 render.moment(row["not_after"]),
                 render.moment(row["renewal"]),
+                render.moment(row["authority"]["kept"]) if row["authority"] else "-",
                 row["problem"] or "-",
             )
             for row in rows
@@ -99,6 +101,66 @@ def renew(
     return 3 if any(one.problem for one in due) else missed
 
 
+@app.command(
+    epilog=examples("drctl certificate seal --all", "DRCTL_CA_PASSPHRASE_FILE=~/ca-pass drctl certificate seal a1 b1")
+)
+def seal(
+    ctx: typer.Context,
+    host: Annotated[list[str] | None, typer.Argument(metavar="HOST", help="Hosts of drctl.toml.")] = None,
+    site: Annotated[str, typer.Option("--site", metavar="SITE", help="All hosts of this site.")] = "",
+    everywhere: Annotated[bool, typer.Option("--all", help="All hosts.")] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> int:
+    """Keep sealed copies of the authority (ca/) at hosts of both sites, in case the operator's machine is lost.
+
+    The key travels and lies there encrypted, never open: with the passphrase that it has, or, where ca-key.pem is not
+    encrypted, with the first line of the file that $DRCTL_CA_PASSPHRASE_FILE names. Keep that passphrase where neither
+    site's end takes it along. An old copy is replaced. Exits with 3 when a host could not be reached or refused."""
+    from drctl.replication.authority import seal as sealed
+    from drctl.replication.identity import PASSPHRASE, read_passphrase
+
+    context = begin(ctx)
+    hosts = _chosen(context, host, site, everywhere=everywhere)
+    _roster(context)
+    file = os.environ.get(PASSPHRASE)
+    files = sealed(_authority(context), read_passphrase(Path(file)) if file else None)
+    steps = [f"keep a sealed copy of the authority at {one.site}/{one.name}" for one in hosts]
+    if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question="Send them?"):
+        return 0
+    failed = False
+    for one in hosts:
+        try:
+            told = context.call(one, "authority.keep", files=files)
+            context.screen.line(f"{one.name}: keeps a sealed copy of authority {told['fingerprint'][:16]}")
+        except DrctlError as exc:
+            failed = True
+            context.screen.say(f"{one.name}: {exc.message}" + (f" ({exc.hint})" if exc.hint else ""))
+    return 3 if failed else 0
+
+
+@app.command(epilog=examples("drctl certificate unseal b1 ca/"))
+def unseal(
+    ctx: typer.Context,
+    host: Annotated[str, typer.Argument(metavar="HOST", help="A host that keeps a copy.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it; not there yet, or empty.")],
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> None:
+    """Fetch a host's sealed copy of the authority, and make a ca/ of it.
+
+    Its key stays encrypted: $DRCTL_CA_PASSPHRASE_FILE has to name a file with its passphrase where it shall sign."""
+    from drctl.replication.authority import unpack
+
+    context = begin(ctx)
+    named = context.config.host(host)
+    if propose(
+        context.screen, [f"write {directory} from the copy at {named.site}/{named.name}"], dry_run=dry_run, yes=yes
+    ):
+        unpack(directory, context.call(named, "authority.fetch")["files"])
+        context.screen.line(f"{directory}: the authority, its key encrypted; next: drctl certificate renew --all")
+
+
 def _renew(context: Context, one: _Renewal, roster: Roster, uuid: str) -> None:
     """One appliance; a problem there must not keep the others from theirs."""
     name = one.host.name
@@ -131,10 +193,14 @@ def _roster(context: Context) -> Roster:
     """Raises PreconditionFailed without a CA's key, SetupFailed when it can't be used."""
     from drctl.appliance.install.roster import Roster
 
+    return Roster(_authority(context))
+
+
+def _authority(context: Context) -> Path:
     directory: Path | None = context.config.directory
     if directory is None:
         raise PreconditionFailed("there is no drctl.toml", hint="the CA's key lies beside it: --config DIR")
-    return Roster(directory / "ca")
+    return directory / "ca"
 
 
 def _chosen(context: Context, names: list[str] | None, site: str, *, everywhere: bool) -> list[Host]:
@@ -153,6 +219,6 @@ def _until(told: dict[str, Any]) -> str:
 
 def _row(answer: Answer) -> dict[str, Any]:
     told = answer.result if isinstance(answer.result, dict) else {}
-    wanted = ("appliance", "not_before", "not_after", "renewal", "due")
+    wanted = ("appliance", "not_before", "not_after", "renewal", "due", "authority")
     problem = str(answer.error) if answer.error else told.get("problem", "")
     return {"host": answer.host.name, **{key: told.get(key) for key in wanted}, "problem": problem}

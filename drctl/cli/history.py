@@ -20,6 +20,8 @@ _COMMANDS = {
     "fence.note": "fence",
     "appliance.note": "appliance",
     "certificate.install": "certificate renew",
+    "authority.keep": "certificate seal",
+    "authority.fetch": "certificate unseal",
     "failover.hold": "failover --cancel-auto",
     "switchover.run": "switchover (boot)",
     "handover.run": "switchover (hand over)",

@@ -7,7 +7,7 @@ signed by our CA *and* its UUID is on the list `peers.json`; what it may touch t
     tls/cert.pem    our certificate                 tls/peers.json  {UUID: {site, host, groups: [NAME...] or "*"}}
 
 The CA's own directory (with the operator, not on appliances) holds ca.pem and ca-key.pem (0600), which may be encrypted
-with a passphrase.
+with a passphrase. A process that reads or makes a private key makes no core dump from then on (store/secrecy.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from drctl.errors import CertificateRejected, SetupFailed
+from drctl.store.secrecy import keep_memory_secret
 
 DOMAIN = "drctl"
 #: Names a file whose first line is the passphrase of the CA's key: never in TOML, never in an argument list.
@@ -54,6 +55,7 @@ def create_ca(directory: Path, passphrase: bytes | None = None) -> None:
     """Make a new CA: `ca.pem` and `ca-key.pem` (0600, encrypted with `passphrase` where there is one) in `directory`.
 
     Raises FileExistsError over an old one."""
+    keep_memory_secret()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"drctl CA {uuid4()}")])
@@ -68,6 +70,7 @@ def create_ca(directory: Path, passphrase: bytes | None = None) -> None:
 
 def read_passphrase(path: Path) -> bytes:
     """The first line of a file. Raises SetupFailed when there is none."""
+    keep_memory_secret()
     try:
         first = path.read_bytes().split(b"\n", 1)[0].strip(b"\r")
     except OSError as exc:
@@ -81,6 +84,7 @@ def make_request(tls_dir: Path, appliance: str) -> bytes:
     """The appliance's part of enrolment: a new key (`key.pem.new`, 0600) and the signing request (PEM) for it.
 
     Key and certificate that are in use stay so until the new ones are installed together."""
+    keep_memory_secret()
     tls_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP256R1())
     (tls_dir / _FRESH_KEY).unlink(missing_ok=True)
@@ -221,6 +225,7 @@ def client_context(tls_dir: Path) -> ssl.SSLContext:
 
 
 def _prepared(context: ssl.SSLContext, tls_dir: Path) -> ssl.SSLContext:
+    keep_memory_secret()
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
@@ -334,6 +339,7 @@ def check_ca(ca_dir: Path, passphrase: bytes | None = None) -> None:
 
 
 def _load_ca(ca_dir: Path, passphrase: bytes | None) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    keep_memory_secret()
     certificate = x509.load_pem_x509_certificate((ca_dir / "ca.pem").read_bytes())
     sealed = (ca_dir / "ca-key.pem").read_bytes()
     encrypted = b"ENCRYPTED" in sealed

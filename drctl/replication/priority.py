@@ -77,9 +77,20 @@ def nice_of_session(nice: int) -> bool:
     if os.getsid(0) != os.getpid():
         return True  # others are in it
     try:
-        _AUTOGROUP.write_text(str(nice))
+        os.write(_OPENED, str(nice).encode())
     except BlockingIOError:
         return False
     except OSError:  # a kernel without it
         return True
     return True
+
+
+def _open_autogroup() -> int:
+    """Open while we may: a process that keeps its memory secret (store/secrecy.py) does not own this file any more."""
+    try:
+        return os.open(_AUTOGROUP, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:  # a kernel without it
+        return -1
+
+
+_OPENED = _open_autogroup()

@@ -115,3 +115,53 @@ def test_list_tells_until_when(certified):
 @pytest.mark.parametrize("named", [(), ("a1", "--all"), ("--site", "alpha", "--all")])
 def test_which_hosts_must_be_said_once(certified, named):
     assert certified("certificate", "renew", *named).code == 14
+
+
+# -- sealed copies of the authority ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passphrase(tmp_path, monkeypatch):
+    (tmp_path / "passphrase").write_text("correct horse\n")
+    monkeypatch.setenv(identity.PASSPHRASE, str(tmp_path / "passphrase"))
+    return b"correct horse"
+
+
+def test_both_sites_keep_a_sealed_copy_that_can_be_gone_on_with(certified, passphrase, tmp_path):
+    result = certified("certificate", "seal", "--all", "--yes")
+    assert result.code == 0, result.err
+    assert result.out.count("keeps a sealed copy of authority") == 2
+    rows = certified("certificate", "list", "--output", "json").json["certificates"]
+    assert len({row["authority"]["fingerprint"] for row in rows}) == 1
+    assert certified("certificate", "unseal", "b1", str(tmp_path / "new"), "--yes").code == 0
+    request = identity.make_request(tmp_path / "tls", UUIDS["a1"])
+    assert identity.sign_request(tmp_path / "new", request, UUIDS["a1"], passphrase=passphrase)
+    assert json.loads((tmp_path / "new" / "appliances.json").read_text()) == UUIDS
+    again = certified("certificate", "unseal", "b1", str(tmp_path / "new"), "--yes")
+    assert again.code == 12
+
+
+def test_an_open_key_is_not_sent(certified):
+    result = certified("certificate", "seal", "--all", "--yes")
+    assert result.code == 43
+    assert "is not encrypted" in result.err
+    assert not certified.beta.called("authority.keep")
+    assert certified("certificate", "list", "--output", "json").json["certificates"][0]["authority"] is None
+
+
+def test_nothing_is_sent_unasked(certified, passphrase):
+    assert certified("certificate", "seal", "--all").code == 14
+    assert "would keep a sealed copy" in certified("certificate", "seal", "b1", "--dry-run").err
+    assert not certified.beta.called("authority.keep")
+
+
+def test_one_host_that_refuses_keeps_no_other_from_its_copy(certified, passphrase):
+    certified.alpha.replies["authority.keep"] = ApplianceUnreachable("a1 is down")
+    result = certified("certificate", "seal", "--all", "--yes")
+    assert result.code == 3
+    assert "b1: keeps a sealed copy" in result.out
+
+
+def test_no_copy_to_unseal(certified, tmp_path):
+    assert certified("certificate", "unseal", "b1", str(tmp_path / "new"), "--yes").code == 11
+    assert not (tmp_path / "new").exists()

@@ -46,7 +46,7 @@ APPLIANCE = {
 }  # fmt: skip
 CERTIFICATE = {
     "host": str, "appliance": str, "not_before": (*NUMBER, NONE), "not_after": (*NUMBER, NONE), "renewal": (*NUMBER, NONE),
-    "due": bool, "problem": str,
+    "due": bool, "problem": str, "authority": (dict, NONE),
 }  # fmt: skip
 RECOVERY = {
     "id": str, "label": str, "kind": str, "group": str, "generation": int, "checkpoint": dict, "state": str, "started": NUMBER,
