@@ -26,7 +26,7 @@ from drctl.replication.identity import certificate_expiry
 CERTIFICATE_DAYS = 30
 _CERTIFICATE = CertificateRejected.slug
 #: What plans ask of a recovery site (plan/inventory.py, Ability).
-ABILITIES = ("guest-agent", "console", "overrides", "staged-boot")
+ABILITIES = ("guest-agent", "console", "overrides", "staged-boot", "re-ip")
 #: A shipper that is rejected tries again each few seconds; what is older may be mended.
 _LATELY_NS = 30 * 10**9
 _RECEIVER_SECONDS = 1.0

@@ -6,10 +6,12 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
+from drctl.appliance.recovery_address import seed_path
 from drctl.appliance.recovery_ports import Recoverable, Rewritten, Views
 from drctl.appliance.recovery_state import MachineChange, RecoveredDisk, RecoveredMachine, RecoveryRecord
 from drctl.errors import NotFound
 from drctl.hypervisor import domain_xml, recovery_xml
+from drctl.hypervisor.seed_drive import insert_seed
 
 _CHARACTER_DEVICES = ("serial", "parallel", "console", "channel")
 
@@ -38,7 +40,11 @@ class LibvirtDefinitions:
             new_macs=change.new_macs,
         )
         rewritten = recovery_xml.rewrite(found.definition, wanted)
-        return Rewritten(rewritten.definition, rewritten.notes)
+        definition, notes = rewritten.definition, rewritten.notes
+        if seed := seed_path(recovery, machine):
+            definition, note = insert_seed(definition, seed)
+            notes = (*notes, note)
+        return Rewritten(definition, notes, domain_xml.cards(domain_xml.parse(definition)))
 
     def settled(self, definition: str) -> str:
         return recovery_xml.settle(definition)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from drctl.appliance.recovery_address import release
 from drctl.appliance.recovery_ports import Tools
 from drctl.appliance.recovery_state import RecoveredMachine, RecoveryPhase
 from drctl.appliance.recovery_steps import UP, Steps, is_ours
@@ -32,7 +33,7 @@ def take_down(tools: Tools, steps: Steps) -> None:
 
 
 def stop_machine(tools: Tools, machine: RecoveredMachine) -> str:
-    """Pull its plug, if it is ours; what went wrong, or nothing."""
+    """Pull its plug, if it is ours, and take back its addresses; what went wrong, or nothing."""
     try:
         if is_ours(tools, machine):
             tools.hypervisor.destroy(machine.recovery_name)
@@ -40,7 +41,7 @@ def stop_machine(tools: Tools, machine: RecoveredMachine) -> str:
                 return f"{machine.recovery_name} still runs"
     except DrctlError as exc:
         return f"{machine.recovery_name}: {exc.message}"
-    return ""
+    return release(tools, machine)
 
 
 def state_of(tools: Tools, machine: RecoveredMachine) -> MachineState:

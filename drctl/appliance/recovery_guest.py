@@ -15,7 +15,14 @@ from drctl.hypervisor.domain_xml import attribute, parse
 from drctl.model.ports import Hypervisor
 
 #: What may be asked of an agent: whether it is there, and to run a plan's command.
-COMMANDS = ("guest-ping", "guest-info", "guest-exec", "guest-exec-status", "guest-network-get-interfaces")
+COMMANDS = (
+    "guest-ping",
+    "guest-info",
+    "guest-exec",
+    "guest-exec-status",
+    "guest-network-get-interfaces",
+    "guest-get-osinfo",
+)
 #: Of a console so much is told, its end, bytes.
 CONSOLE_LIMIT = 256 * 1024
 #: An agent that does not answer within so many seconds is not up.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from pathlib import Path
+from typing import Protocol
 
 from drctl.appliance.recovery import Recovery
 from drctl.appliance.recovery_definitions import LibvirtDefinitions
@@ -15,7 +16,7 @@ from drctl.appliance.recovery_state import RecoveryFiles
 from drctl.appliance.recovery_store import GroupStores
 from drctl.appliance.recovery_views import Spawner, ViewProcesses
 from drctl.model.extent import GiB
-from drctl.model.ports import Hypervisor
+from drctl.model.ports import AddressBook, Hypervisor
 
 #: Left free by tests, so that the journal beside them can grow while one is ended.
 SCRATCH_RESERVE = 1 * GiB
@@ -32,17 +33,25 @@ class SystemClock:
         return time.monotonic()
 
 
-def open_recovery(home: Path, run: Path, hypervisor: Hypervisor, spawner: Spawner) -> Recovery:
+class RecoveryHost(Hypervisor, Protocol):
+    """A hypervisor whose networks can be told addresses."""
+
+    @property
+    def addresses(self) -> AddressBook: ...
+
+
+def open_recovery(home: Path, run: Path, host: RecoveryHost, spawner: Spawner) -> Recovery:
     """The recoveries of the appliance with these directories. Call `resume` on it, then `supervise` each 250 ms."""
     stores = home / "store"
     views = ViewProcesses(run, stores, spawner)
     tools = Tools(
-        hypervisor=hypervisor,
+        hypervisor=host,
         stores=GroupStores(stores),
         images=QemuImages(),
         views=views,
         sources=ReceiverSources(run / "receiver.sock"),
         definitions=LibvirtDefinitions(views),
+        addresses=host.addresses,
         clock=SystemClock(),
         room=Room(home / "scratch", home / "images", SCRATCH_RESERVE),
         sleep=time.sleep,

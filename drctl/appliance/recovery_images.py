@@ -37,6 +37,19 @@ class QemuImages:
                 os.close(descriptor)
             atomic.commit(beside, path)
 
+    def put(self, path: Path, data: bytes) -> None:
+        """A small file, whole or not there at all."""
+        atomic.make_directory(path.parent)
+        beside = atomic.temporary(path)
+        with atomic.space_errors(path):
+            beside.write_bytes(data)
+            descriptor = os.open(beside, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            atomic.commit(beside, path)
+
     def backing(self, path: Path) -> str | None:
         """What the overlay still needs below it. -U: the guest's QEMU has it open; the header is read, nothing else."""
         info = self._info(path)

@@ -296,6 +296,11 @@ class MemoryImages:
                 raise StepFailed("the backing file does not answer")
             self.files[str(path)] = backing
 
+    def put(self, path: Path, data: bytes) -> None:
+        with self._world.effects.effect(f"put {path.name}"):
+            self.files[str(path)] = None
+            self.sizes[str(path)] = len(data)
+
     def backing(self, path: Path) -> str | None:
         return self.files[str(path)]
 
@@ -353,13 +358,37 @@ class MemoryDefinitions:
 
     def rewrite(self, recovery: RecoveryRecord, machine: RecoveredMachine, source: Recoverable) -> Rewritten:
         disks = "".join(f"{disk.overlay}<view>;" for disk in machine.disks)
-        return Rewritten(f"name={machine.recovery_name};uuid={machine.uuid};{disks}", ("cdrom dropped",))
+        definition = f"name={machine.recovery_name};uuid={machine.uuid};{disks}"
+        return Rewritten(definition, ("cdrom dropped",), ((f"52:54:00:00:00:{len(machine.disks):02x}", "lan"),))
 
     def settled(self, definition: str) -> str:
         return definition.replace("<view>", "")
 
     def unmet(self, definition: str, capabilities: str) -> tuple[str, ...]:
         return ()
+
+
+class MemoryAddresses:
+    """Reservations of a network `lan`: MAC address to IP address."""
+
+    def __init__(self, world: MemoryWorld) -> None:
+        self._world = world
+        self.given: dict[str, str] = {}
+        self.lasting: set[str] = set()
+
+    def reserved(self, network: str, mac: str) -> str:
+        return self.given.get(mac, "")
+
+    def reserve(self, network: str, mac: str, ip: str, *, lasting: bool) -> None:
+        with self._world.effects.effect(f"reserve {ip}"):
+            self.given[mac] = ip
+            if lasting:
+                self.lasting.add(mac)
+
+    def release(self, network: str, mac: str, ip: str) -> None:
+        with self._world.effects.effect(f"release {ip}"):
+            if self.given.get(mac) == ip:
+                del self.given[mac]
 
 
 class MemoryWorld:
@@ -373,6 +402,7 @@ class MemoryWorld:
         self.sources = MemorySources()
         self.images = MemoryImages(self)
         self.views = MemoryViews(self)
+        self.addresses = MemoryAddresses(self)
         self._uuids = itertools.count(1)
 
     def views_alive(self) -> bool:
@@ -386,6 +416,7 @@ class MemoryWorld:
             views=self.views,
             sources=self.sources,
             definitions=MemoryDefinitions(),
+            addresses=self.addresses,
             clock=self.clock,
             room=Room(Path("/home/scratch"), Path("/home/images"), GiB),
             sleep=self.clock.sleep,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
 from drctl.model.checkpoint import Checkpoint
 from drctl.model.group import GroupDisk, GroupSpec
-from drctl.model.ports import Clock, Hypervisor
+from drctl.model.ports import AddressBook, Clock, Hypervisor
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -41,6 +41,8 @@ class Rewritten:
 
     definition: str
     notes: tuple[str, ...] = ()
+    #: (MAC address, libvirt's network or ""), card by card
+    cards: tuple[tuple[str, str], ...] = ()
 
 
 class Stores(Protocol):
@@ -97,6 +99,10 @@ class Images(Protocol):
 
     def create(self, path: Path, backing: str, size: int) -> None:
         """A new overlay, whole or not there at all."""
+        ...
+
+    def put(self, path: Path, data: bytes) -> None:
+        """A small file, whole or not there at all."""
         ...
 
     def backing(self, path: Path) -> str | None:
@@ -173,6 +179,7 @@ class Tools:
     views: Views
     sources: Sources
     definitions: Definitions
+    addresses: AddressBook
     clock: Clock
     room: Room
     sleep: Callable[[float], None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from drctl.appliance.recovery_address import seed_path
 from drctl.appliance.recovery_end import stop_machine
 from drctl.appliance.recovery_ports import Progress, Tools
 from drctl.appliance.recovery_state import RecoveredMachine, RecoveryPhase, RecoveryRecord
@@ -75,3 +76,5 @@ def remove_kept(tools: Tools, record: RecoveryRecord) -> None:
     """The overlays that a rollback kept, when their time is over."""
     for _, disk in record.disks():
         tools.images.remove(Path(disk.overlay))
+    for seed in filter(None, (seed_path(record, machine) for machine in record.machines)):
+        tools.images.remove(Path(seed))

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from drctl.errors import IntegrityError, NotFound, UnsupportedFormat
+from drctl.model.address import CardAddress, ReIp
 from drctl.model.checkpoint import Checkpoint
 from drctl.model.move import Settlement
 from drctl.store import atomic
@@ -85,6 +86,16 @@ class RecoveredDisk:
 
 
 @dataclass(slots=True)
+class RecoveredCard:
+    """A network card as the machine has it here, in the order of its definition. `network` is "" where it is on none of
+    libvirt's; `reserved` the address that this recovery has, or is about to have, reserved for it there."""
+
+    mac: str
+    network: str = ""
+    reserved: str = ""
+
+
+@dataclass(slots=True)
 class RecoveredMachine:
     """One machine of a recovery. `name` at the source, `recovery_name` here; written by one thread at a time."""
 
@@ -97,17 +108,21 @@ class RecoveredMachine:
     notes: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     stalls: int = 0
+    cards: list[RecoveredCard] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class MachineChange:
     """What a plan wants of one machine otherwise than its definition and its group have it. Memory in bytes; 0, False
-    and no networks: as they are. `networks` take precedence over the group's, network by network."""
+    and no networks: as they are. `networks` take precedence over the group's, network by network. `re_ip` says how the
+    machine gets `addresses` before it boots."""
 
     memory: int = 0
     vcpus: int = 0
     new_macs: bool = False
     networks: dict[str, str] = field(default_factory=dict)
+    re_ip: ReIp | None = None
+    addresses: tuple[CardAddress, ...] = ()
 
 
 @dataclass(slots=True)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from drctl.appliance.recovery_ports import Progress, Recoverable, RecoverableMachine, Tools
+from drctl.appliance import recovery_address
+from drctl.appliance.recovery_ports import Progress, Recoverable, RecoverableMachine, Rewritten, Tools
 from drctl.appliance.recovery_state import (
     MachinePhase,
+    RecoveredCard,
     RecoveredDisk,
     RecoveredMachine,
     RecoveryFiles,
@@ -171,7 +173,13 @@ class Steps:
             raise StepFailed(f"the host has a machine named {machine.recovery_name} already, with disks of its own")
         rewritten = self._tools.definitions.rewrite(self.recovery, machine, source)
         machine.notes = list(rewritten.notes)
+        self._address(machine, rewritten)
         return rewritten.definition, known is True
+
+    def _address(self, machine: RecoveredMachine, rewritten: Rewritten) -> None:
+        before = {(card.mac, card.network): card.reserved for card in machine.cards}
+        machine.cards = [RecoveredCard(*card, before.get(card, "")) for card in rewritten.cards]
+        recovery_address.prepare(self._tools, self.recovery, machine, self.save)
 
     def _wait(self, machine: RecoveredMachine) -> None:
         tools = self._tools

@@ -11,6 +11,7 @@ _TABLES = (
     ("", "KEYS OF THE PLAN"),
     ("stage", "[[stage]]"),
     ("vm", "[[stage.vm]]"),
+    ("address", "[[stage.vm.address]] AND [[stage.vm.test_address]]"),
     ("check", "[[stage.vm.check]] AND [[stage.check]]"),
     ("script", "[[script]], [[stage.script]] AND [[stage.vm.script]]"),
     ("manual", "[[manual]] AND [[stage.manual]]"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from drctl.cli.context import Context
@@ -81,6 +82,9 @@ class GroupSite(ABC):
     def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
         return self.ask(group, "recovery.agent", machine=machine, command=sent)["return"]
 
+    def cards(self, group: str, machine: str) -> Sequence[str]:
+        return [str(card["mac"]) for card in self.machine(group, machine).get("cards") or ()]
+
     def console(self, group: str, machine: str) -> str:
         return str(self.ask(group, "recovery.console", machine=machine)["text"])
 
@@ -110,16 +114,19 @@ def machine_of(recovery: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 def changes_of(order: Recovery) -> dict[str, dict[str, Any]]:
     """By machine what the plan wants of it alone, as appliances take it."""
-    return {
-        machine.name: {
-            "memory": machine.memory,
-            "vcpus": machine.vcpus,
-            "new_macs": machine.mac is Mac.NEW,
-            "networks": dict(machine.networks),
-        }
-        for machine in order.machines
-        if machine.changed and machine.boot
+    return {machine.name: _change_of(machine) for machine in order.machines if machine.changed and machine.boot}
+
+
+def _change_of(machine: MachineOrder) -> dict[str, Any]:
+    change: dict[str, Any] = {
+        "memory": machine.memory,
+        "vcpus": machine.vcpus,
+        "new_macs": machine.mac is Mac.NEW,
+        "networks": dict(machine.networks),
     }
+    if machine.re_ip is not None:
+        change |= {"re_ip": machine.re_ip.value, "addresses": [asdict(card) for card in machine.addresses]}
+    return change
 
 
 class DrillSite(GroupSite):

@@ -82,6 +82,12 @@ def disks(root: ET.Element) -> list[DiskFacts]:
     return [_facts(disk) for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
 
 
+def cards(root: ET.Element) -> tuple[tuple[str, str], ...]:
+    """(MAC address, libvirt's network or "") of each network card, in order."""
+    found = root.iterfind("devices/interface")
+    return tuple((attribute(one, "mac", "address").lower(), attribute(one, "source", "network")) for one in found)
+
+
 def memory_bytes(root: ET.Element) -> int:
     """The machine's memory."""
     memory = root.find("memory")

@@ -18,6 +18,7 @@ from drctl.hypervisor import domain_xml
 from drctl.hypervisor.block_graph import MirrorName, MirrorState, source_node
 from drctl.hypervisor.domain_xml import DiskFacts
 from drctl.hypervisor.libvirt_connection import Connection
+from drctl.hypervisor.libvirt_networks import LibvirtNetworks
 from drctl.hypervisor.mirror import Mirror, find
 from drctl.hypervisor.qmp import command, unpack
 from drctl.model.extent import SECTOR
@@ -82,6 +83,11 @@ class LibvirtHypervisor:
         `agent:connected|disconnected`, `device-added:ALIAS`, `device-removed:ALIAS`, `io-error:ALIAS:REASON`,
         `job-completed`; with an empty machine `host-lost`, `host-back` (events in between are lost)."""
         self._connection.watch(callback)
+
+    @property
+    def addresses(self) -> LibvirtNetworks:
+        """The reservations of its networks."""
+        return LibvirtNetworks(self._connection)
 
     def close(self) -> None:
         self._connection.close()

@@ -133,8 +133,8 @@ class Connection:
     def _translate(self, exc: libvirt.libvirtError, machine: str) -> HostUnreachable | NotFound | HypervisorRefused:
         code = exc.get_error_code()
         message = exc.get_error_message() or str(exc)
-        if code == libvirt.VIR_ERR_NO_DOMAIN:
-            return NotFound("machine", machine)
+        if code in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_NETWORK):
+            return NotFound("machine" if code == libvirt.VIR_ERR_NO_DOMAIN else "network", machine)
         transport = code == libvirt.VIR_ERR_SYSTEM_ERROR and exc.get_error_domain() in _TRANSPORT
         if code in _UNREACHABLE or transport or not self._alive():
             return self._unreachable(message)

@@ -58,6 +58,23 @@ class MirrorState(Protocol):
     def healthy(self) -> bool: ...
 
 
+class AddressBook(Protocol):
+    """Reservations of DHCP on a host's networks, by MAC address. Raises NotFound for a network that is not there,
+    HypervisorRefused when it has no DHCP, or has given the address to another."""
+
+    def reserved(self, network: str, mac: str) -> str:
+        """The IPv4 address that is reserved; "" for none."""
+        ...
+
+    def reserve(self, network: str, mac: str, ip: str, *, lasting: bool) -> None:
+        """`lasting`: also after the network was started anew."""
+        ...
+
+    def release(self, network: str, mac: str, ip: str) -> None:
+        """Nothing happens when it is not reserved."""
+        ...
+
+
 class Hypervisor(Protocol):
     """One hypervisor host. Methods block; failures are HostUnreachable or HypervisorRefused, never others."""
 

@@ -2,7 +2,7 @@
 
 plan before ─▶ stage begin ─▶ recover (in the first stage that names the group)
                     │            ▼
-                    └─▶ VM before ─▶ boot ─▶ checks ─▶ VM after ─▶ stage checks ─▶ stage after ─▶ stage done
+                    └─▶ VM before ─▶ boot ─▶ re-ip ─▶ checks ─▶ VM after ─▶ stage checks ─▶ stage after ─▶ stage done
 stages done ─▶ plan after ─▶ hold          and aside: clean-up of a test, undo of the others
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from drctl.errors import PreconditionFailed
+from drctl.model.address import CardAddress, ReIp
 from drctl.model.move import Settlement
 from drctl.plan.inventory import Ability, Ending, GroupFacts, Inventory, Progress
 from drctl.plan.plan import Check, Mac, Manual, Mode, OnFailure, Plan, Script, Stage, Vm, When, Where
-from drctl.plan.step import Compiled, MachineOrder, Options, Recovery, Step, StepKind, spell_id
+from drctl.plan.step import Compiled, MachineOrder, Options, Readdress, Recovery, Step, StepKind, spell_id
 
 #: Opening views, writing overlays and definitions takes seconds. A switchover also ships the rest, and shuts guests
 #: down, one after the other: for that there is more.
@@ -240,8 +241,21 @@ class _Builder:
         networks = dict(facts.test_networks if test else facts.networks)
         networks |= dict(vm.test_networks if test else vm.networks)
         own = vm.test_networks if test else vm.networks
-        changed = bool(vm.memory or vm.vcpus or own or vm.mac is Mac.NEW)
-        return MachineOrder(vm.name, vm.boot, vm.memory, vm.vcpus, vm.mac, tuple(sorted(networks.items())), changed)
+        way = vm.re_ip if vm.re_ip is not ReIp.GUEST_AGENT and self._addresses(vm) else None
+        return MachineOrder(
+            vm.name,
+            vm.boot,
+            vm.memory,
+            vm.vcpus,
+            vm.mac,
+            tuple(sorted(networks.items())),
+            changed=bool(vm.memory or vm.vcpus or own or vm.mac is Mac.NEW or way),
+            re_ip=way,
+            addresses=self._addresses(vm) if way else (),
+        )
+
+    def _addresses(self, vm: Vm) -> tuple[CardAddress, ...]:
+        return vm.test_addresses if self._mode is Mode.TEST else vm.addresses
 
     def _vm(self, vm: Vm, begun: tuple[str, ...], place: Step) -> tuple[str, ...]:
         among = f"@{vm.group}" if len(self._plan.groups) > 1 else ""
@@ -261,6 +275,11 @@ class _Builder:
             action=self._order(vm, facts),
         )
         up = (self._add(boot),)
+        if vm.re_ip is ReIp.GUEST_AGENT and (addresses := self._addresses(vm)):
+            text = f"give {vm.name} {', '.join(ip for card in addresses for ip in card.ip)} by its agent"
+            action = Readdress(addresses)
+            step = replace(boot, id=f"{owner}/re-ip", kind=StepKind.RE_IP, text=text, after=up, action=action)
+            up = (self._add(step),)
         well = self._checks(owner, vm.checks, up, place) or up
         return self._around(owner, When.AFTER, (), vm.scripts, well, place)
 

@@ -172,6 +172,9 @@ def _vm(plan: Plan, vm: Vm, facts: GroupFacts) -> Iterator[Finding]:
         yield tell(message, "take them out; networks of the whole group: groups/NAME.toml")
     needed = {_NEEDS[check.kind] for check in vm.checks if check.kind in _NEEDS}
     needed |= {Ability.GUEST_AGENT for one in (*vm.checks, *vm.scripts) if _in_guest(one)}
+    if vm.re_ip is not None and Ability.RE_IP not in facts.abilities:
+        message = f"{vm.name!r}: its appliance can't give a machine other addresses yet"
+        yield tell(message, "upgrade it, or take re_ip out")
     for ability in sorted(needed - facts.abilities):
         yield tell(
             f"{vm.name!r}: its appliance gives no access to its {ability}", "upgrade it, or use tcp, http or command"

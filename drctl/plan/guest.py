@@ -32,17 +32,10 @@ def run_in_guest(
     At the time limit the wait ends; the agent has no way to end the command, which the reason then says."""
     begun = monotonic()
     try:
-        started = agent(
-            {
-                "execute": "guest-exec",
-                "arguments": {
-                    "path": arguments[0],
-                    "arg": list(arguments[1:]),
-                    "env": [f"{key}={value}" for key, value in environment.items()],
-                    "capture-output": True,
-                },
-            }
-        )
+        order: dict[str, Any] = {"path": arguments[0], "arg": list(arguments[1:]), "capture-output": True}
+        if environment:  # else the command has the agent's own, which Windows' programs can't do without
+            order["env"] = [f"{key}={value}" for key, value in environment.items()]
+        started = agent({"execute": "guest-exec", "arguments": order})
         pid = int(started["pid"])
         while True:
             status = agent({"execute": "guest-exec-status", "arguments": {"pid": pid}})

@@ -16,6 +16,7 @@ class Ability(StrEnum):
     OVERRIDES = "overrides"
     GUEST_AGENT = "guest-agent"
     CONSOLE = "console"
+    RE_IP = "re-ip"
 
 
 @dataclass(frozen=True, slots=True)

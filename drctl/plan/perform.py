@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,8 +16,9 @@ from drctl.plan.guest import run_in_guest
 from drctl.plan.output import tame_line
 from drctl.plan.plan import Check, CheckKind, Manual, Mode, Script, Where
 from drctl.plan.probe import Checked, Probe, probe_agent, probe_console, probe_http, probe_tcp, repeat
+from drctl.plan.readdress import readdress
 from drctl.plan.script import Ran, run_script
-from drctl.plan.step import MachineOrder, Recovery, Step, StepKind
+from drctl.plan.step import MachineOrder, Readdress, Recovery, Step, StepKind
 
 
 class RecoverySite(Protocol):
@@ -39,6 +40,10 @@ class RecoverySite(Protocol):
 
     def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
         """One command to a guest's agent, and what it returned."""
+        ...
+
+    def cards(self, group: str, machine: str) -> Sequence[str]:
+        """The MAC addresses of a machine's network cards as it was recovered, in the order of its definition."""
         ...
 
     def console(self, group: str, machine: str) -> str:
@@ -92,6 +97,8 @@ class Performer:
             return Result(Outcome.DONE, self._site.recover(action, cancelled))
         if isinstance(action, MachineOrder):
             return Result(Outcome.DONE, self._site.boot(step.group, action, cancelled))
+        if isinstance(action, Readdress):
+            return self._readdress(step, action, cancelled)
         acts = {
             StepKind.HOLD: self._site.hold,
             StepKind.CLEAN_UP: self._site.clean_up,
@@ -142,6 +149,19 @@ class Performer:
             cancelled=cancelled,
             monotonic=time.monotonic,
         )
+
+    def _readdress(self, step: Step, order: Readdress, cancelled: Event) -> Result:
+        done = readdress(
+            lambda sent: self._site.agent(step.group, step.machine, sent),
+            self._site.cards(step.group, step.machine),
+            order.addresses,
+            time_limit=step.time_limit,
+            cancelled=cancelled,
+            monotonic=time.monotonic,
+        )
+        facts: dict[str, Any] = {"output": done.output}
+        facts["reason" if done.reason else "seen"] = done.reason or done.seen
+        return Result(Outcome.FAILED if done.reason else Outcome.DONE, facts)
 
     def _manual(self, manual: Manual, cancelled: Event) -> Result:
         answer = self._ask(manual.text, manual.time_limit, cancelled)

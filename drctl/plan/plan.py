@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from drctl.model.address import CardAddress, ReIp
 from drctl.model.move import Settlement
 
 
@@ -124,7 +125,8 @@ class Check:
 class Vm:
     """One machine of a stage. `memory` in bytes and `vcpus` replace those of its definition (0: as they are).
 
-    `networks` and `test_networks` take precedence over its group's, network by network."""
+    `networks` and `test_networks` take precedence over its group's, network by network. `re_ip` says how its cards get
+    `addresses` in a move and `test_addresses` in a test; a mode without any leaves them as they are."""
 
     name: str
     group: str
@@ -134,6 +136,9 @@ class Vm:
     mac: Mac = Mac.KEEP
     networks: tuple[tuple[str, str], ...] = ()
     test_networks: tuple[tuple[str, str], ...] = ()
+    re_ip: ReIp | None = None
+    addresses: tuple[CardAddress, ...] = ()
+    test_addresses: tuple[CardAddress, ...] = ()
     time_limit: float = 300.0
     rto_target: float = 0.0
     on_failure: OnFailure = OnFailure.STOP

@@ -25,6 +25,7 @@ from drctl.plan.plan import (
     find_cycle,
     in_order,
 )
+from drctl.plan.read_address import read_re_ip
 from drctl.plan.read_check import read_check
 from drctl.plan.read_common import (
     NAME,
@@ -188,6 +189,7 @@ class _Reader:
     def vm(self, table: Table, failure: OnFailure) -> Vm:
         failure = on_failure(table, failure)
         checks = self.each(table.tables("check"), lambda one: read_check(one, failure, of_machine=True))
+        way, addresses, test_addresses = read_re_ip(table)
         vm = Vm(
             name=machine_name(table, "name"),
             group=self._group_of(table),
@@ -197,6 +199,9 @@ class _Reader:
             mac=_mac(table),
             networks=_networks(table, "networks"),
             test_networks=_networks(table, "test_networks"),
+            re_ip=way,
+            addresses=addresses,
+            test_addresses=test_addresses,
             time_limit=limit(table, "time_limit", 300.0),
             rto_target=table.duration("rto_target", 0.0),
             on_failure=failure,
@@ -205,8 +210,8 @@ class _Reader:
             line=table.line(),
         )
         table.finish()
-        if not vm.boot and (vm.checks or vm.scripts):
-            raise table.error("boot", f"{vm.name} is left off, but has checks or scripts", hint="take them out")
+        if not vm.boot and (vm.checks or vm.scripts or vm.re_ip):
+            raise table.error("boot", f"{vm.name} is left off, but has checks, scripts or re_ip", hint="take them out")
         return vm
 
     def script(self, table: Table, failure: OnFailure, *, of_machine: bool = False) -> Script:

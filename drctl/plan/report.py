@@ -16,7 +16,7 @@ ROWS_PER_EVENT = 1000
 #: Runs that a trend goes back.
 TREND = 20
 _ENDINGS = (StepKind.CLEAN_UP, StepKind.UNDO)
-_HEALTH = (StepKind.BOOT, StepKind.CHECK)
+_HEALTH = (StepKind.BOOT, StepKind.RE_IP, StepKind.CHECK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from drctl.model.address import ReIp
 from drctl.plan.plan import CheckKind, Mac, Mode, OnFailure, When, Where
+from drctl.plan.read_address import INTERFACE
 from drctl.plan.read_common import NAME
 
 Schema = dict[str, Any]
@@ -102,6 +104,9 @@ _VM = _table(
         "mac": _choice("Whether network cards keep their addresses.", Mac, "keep"),
         "networks": _NETWORKS,
         "test_networks": _NETWORKS,
+        "re_ip": _choice("How its cards get new addresses.", ReIp),
+        "address": _tables("address"),
+        "test_address": _tables("address"),
         "time_limit": _duration("To boot.", "5m"),
         "rto_target": _duration("What the time until it is well is compared with."),
         "on_failure": _ON_FAILURE,
@@ -109,6 +114,17 @@ _VM = _table(
         "script": _tables("script"),
     },
     ["name"],
+)
+_ADDRESS = _table(
+    {
+        "card": {"type": "integer", "minimum": 1, "maximum": 256, "default": 1, "description": "In definition order."},
+        "ip": _strings("Addresses with their prefix; of dhcp one without.", minItems=1, examples=[["10.9.0.11/24"]]),
+        "gateway": _strings("Default gateways, one of IPv4 and one of IPv6.", maxItems=2),
+        "dns": _strings("Name servers."),
+        "search": _strings("Search domains."),
+        "interface": _text("What the guest calls the card, for cloud-init.", pattern=f"^{INTERFACE}$"),
+    },
+    ["ip"],
 )
 _STAGE = _table(
     {
@@ -149,5 +165,12 @@ def plan_schema() -> Schema:
             },
             ["plan", "groups", "stage"],
         ),
-        "$defs": {"stage": _STAGE, "vm": _VM, "check": _CHECK, "script": _SCRIPT, "manual": _MANUAL},
+        "$defs": {
+            "stage": _STAGE,
+            "vm": _VM,
+            "address": _ADDRESS,
+            "check": _CHECK,
+            "script": _SCRIPT,
+            "manual": _MANUAL,
+        },
     }

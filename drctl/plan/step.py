@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from drctl.model.address import CardAddress, ReIp
 from drctl.model.move import OnTimeout, Settlement
 from drctl.plan.inventory import Ending
 from drctl.plan.plan import Check, Mac, Manual, Mode, OnFailure, Plan, Script
@@ -15,6 +16,7 @@ class StepKind(StrEnum):
     recover  a group's checkpoint is pinned and served at the recovery site, its machines defined (a switchover hands
              over first); an appliance without staged boot switches all of them on
     boot     a machine is switched on; without staged boot: seen to run
+    re-ip    a machine that runs is given its addresses by its guest agent
     hold     the group's automatic rollback is called off, since it has proven well
     """
 
@@ -23,6 +25,7 @@ class StepKind(StrEnum):
     MANUAL = "manual"
     RECOVER = "recover"
     BOOT = "boot"
+    RE_IP = "re-ip"
     CHECK = "check"
     HOLD = "hold"
     CLEAN_UP = "clean-up"
@@ -32,7 +35,8 @@ class StepKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class MachineOrder:
     """A machine as it is to run at the recovery site. `memory` in bytes and `vcpus`: 0 as defined. `changed`: the plan
-    wants something of it that its definition and its group don't say."""
+    wants something of it that its definition and its group don't say. `re_ip` with `addresses` is what the recovery
+    site sees to before it boots (cloud-init, dhcp)."""
 
     name: str
     boot: bool = True
@@ -41,6 +45,15 @@ class MachineOrder:
     mac: Mac = Mac.KEEP
     networks: tuple[tuple[str, str], ...] = ()
     changed: bool = False
+    re_ip: ReIp | None = None
+    addresses: tuple[CardAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Readdress:
+    """What a machine that runs is given by its agent."""
+
+    addresses: tuple[CardAddress, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,7 @@ class Recovery:
     settle_after: float = 0.0
 
 
-Action = Script | Manual | Check | Recovery | MachineOrder | None
+Action = Script | Manual | Check | Recovery | MachineOrder | Readdress | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,8 @@ class World:
 
     def do(self, step: Step) -> Outcome:
         self.acts.append(step.id)
-        if step.id in self.failing:
+        ending = step.kind in (StepKind.CLEAN_UP, StepKind.UNDO)
+        if step.id in self.failing and (step.group in self.recovered or not ending):
             return Outcome.FAILED
         match step.kind:
             case StepKind.RECOVER:
@@ -57,7 +58,7 @@ class World:
                 assert step.group in self.recovered, f"{step.id} before its group's recovery"
                 self.up.add((step.group, step.machine))
             case StepKind.CHECK:
-                if step.machine:
+                if step.machine and (step.group, step.machine) not in self.broken:
                     assert (step.group, step.machine) in self.up, f"{step.id} before its machine is up"
             case StepKind.CLEAN_UP | StepKind.UNDO:
                 self.recovered.discard(step.group)
