@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drctl.appliance import config as configuration
 from drctl.appliance.certificate_service import CertificateService
 from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
+from drctl.appliance.esx_address import is_esx
 from drctl.appliance.evacuation import Evacuations, in_the_way
 from drctl.appliance.evacuation_record import EvacuationFile
 from drctl.appliance.failback_exports import OldExports
@@ -50,6 +51,9 @@ from drctl.errors import DrctlError, HostUnreachable, WrongPhase
 from drctl.hypervisor.libvirt import LibvirtHypervisor
 from drctl.model.hook import Hook
 from drctl.store import atomic
+
+if TYPE_CHECKING:
+    from drctl.appliance.esx_daemon import EsxAppliance
 
 log = logging.getLogger(__name__)
 
@@ -306,6 +310,15 @@ def _connect(uri: str, stopped: threading.Event) -> LibvirtHypervisor:
                 raise
 
 
+def _made(home: Home, notifier: Notifier) -> Appliance | EsxAppliance:
+    """The appliance of the host that the home's `uri` names."""
+    if is_esx(home.config.uri):
+        from drctl.appliance.esx_daemon import EsxAppliance  # paramiko is for these alone
+
+        return EsxAppliance(home, notifier)
+    return Appliance(home, notifier)
+
+
 def main(home: Path) -> int:
     """Serve until SIGTERM. Raises DrctlError when it can't start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -315,11 +328,11 @@ def main(home: Path) -> int:
         os.umask(0o007)  # overlays and sockets in directories of that group are for guests, too
     loaded.make_directories()
     notifier = Notifier()
-    notifier.status(f"waiting for libvirt at {loaded.config.uri}")
+    notifier.status(f"waiting for {loaded.config.uri}")
     # One supervisor per home: two would fight over the same mirrors.
     lock = atomic.acquire(home / "lock", wait=False, what="another appliance")
     try:
-        appliance = Appliance(loaded, notifier)
+        appliance = _made(loaded, notifier)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: appliance.stop())
         appliance.serve()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
-from drctl.appliance.protection import Protection
+from drctl.appliance.group_state import GroupState
+from drctl.appliance.shipper_link import ShipperLink
 from drctl.errors import NotFound, Refused
 from drctl.model.bandwidth import (
     SLOWEST,
@@ -28,12 +29,22 @@ from drctl.store import link_limits
 from drctl.store.link_limits import LinkLimits
 
 
+class Protected(Protocol):
+    """A group that is protected on this host, however it is."""
+
+    @property
+    def state(self) -> GroupState: ...
+
+    @property
+    def shipper(self) -> ShipperLink: ...
+
+
 class LinkService:
     """The links of one appliance. Shippers read what is changed here by themselves, within a moment.
 
     `protections` tells the groups that are protected on this host. Methods may be called from any thread."""
 
-    def __init__(self, home: Home, protections: Callable[[], Iterable[Protection]]) -> None:
+    def __init__(self, home: Home, protections: Callable[[], Iterable[Protected]]) -> None:
         self._home = home
         self._protections = protections
         self._limits = LinkLimits(home.path / link_limits.FILE)
@@ -78,7 +89,7 @@ class LinkService:
 
         return self._told(site, self._limits.change(site, change))
 
-    def _groups(self, site: str) -> list[Protection]:
+    def _groups(self, site: str) -> list[Protected]:
         return [each for each in self._protections() if each.state.spec.recovery == site]
 
     def _told(self, site: str, rule: LinkRule) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def _limits(limits: tuple[RateLimit, ...], override: Override | None, wall: floa
     }
 
 
-def _group(protection: Protection, rule: LinkRule, wall: float) -> dict[str, Any]:
+def _group(protection: Protected, rule: LinkRule, wall: float) -> dict[str, Any]:
     spec, status = protection.state.spec, protection.shipper.status
     link = status.get("link") or {}
     return {

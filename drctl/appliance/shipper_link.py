@@ -51,8 +51,10 @@ class Export:
 class ShipperLink:
     """One group's shipper as the supervisor knows it. `take` is called from the control socket's threads."""
 
-    def __init__(self, home: Home, state: GroupState, worker: Worker) -> None:
+    def __init__(self, home: Home, state: GroupState, worker: Worker, *, clock: bool = True) -> None:
+        """`clock`: the shipper cuts marks each interval; else only when it is told to."""
         self._home = home
+        self._clock = clock
         self._worker = worker
         self.config_path: Path = home.run / "shippers" / f"{state.spec.name}.json"
         self._taken: tuple[float, dict[str, Any]] = (0.0, {})
@@ -85,6 +87,7 @@ class ShipperLink:
                 "links": str(self._home.path / link_limits.FILE),
                 "share": str(self._home.run / "links" / f"{state.spec.recovery}.share"),
                 "site": state.spec.recovery,
+                **({} if self._clock else {"clock": False}),
             },
             indent=1,
         )

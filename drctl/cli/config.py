@@ -24,6 +24,10 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 MINIMUM_INTERVAL = 0.5
 MAXIMUM_INTERVAL = 60.0
 MINIMUM_RING = 16 * MiB
+#: A group whose source is an ESX host has a checkpoint per cycle of snapshots, each of which stuns its machines.
+CYCLE_INTERVAL, MINIMUM_CYCLE_INTERVAL, MAXIMUM_CYCLE_INTERVAL = 300.0, 30.0, 86400.0
+#: Where the appliance of an ESX host runs, when it is this machine.
+HERE = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,13 @@ def read_defaults(table: Table) -> Defaults:
     return defaults
 
 
+def read_cycle_interval(table: Table) -> float:
+    """`checkpoint_interval` of a group whose source is an ESX host: between snapshot cycles. Raises ConfigInvalid."""
+    return table.duration(
+        "checkpoint_interval", CYCLE_INTERVAL, minimum=MINIMUM_CYCLE_INTERVAL, maximum=MAXIMUM_CYCLE_INTERVAL
+    )
+
+
 def read_interval(table: Table, default: float) -> float:
     """`checkpoint_interval` in seconds. Raises ConfigInvalid."""
     return table.duration("checkpoint_interval", default, minimum=MINIMUM_INTERVAL, maximum=MAXIMUM_INTERVAL)
@@ -143,6 +154,7 @@ def _hosts(top: Table, sites: list[str], directory: Path) -> list[Host]:
 
 def _host(table: Table, sites: list[str], directory: Path) -> Host:
     kind = HostKind(table.choice("kind", list(HostKind), HostKind.LIBVIRT))
+    appliance = table.text("appliance", "") if kind is HostKind.ESX else ""
     host = Host(
         name=table.text("name", pattern=NAME, example="alpha1"),
         site=table.choice("site", sites),
@@ -154,6 +166,8 @@ def _host(table: Table, sites: list[str], directory: Path) -> Host:
         prefix=table.text("prefix", PREFIX, pattern=r"/\S+", example=PREFIX),
         fence=table.strings("fence", (), unique=False),
         fence_timeout=table.duration("fence_timeout", 60.0, minimum=1, maximum=600),
+        served=kind is not HostKind.ESX or bool(appliance),
+        appliance=None if appliance in ("", HERE) else _login(table, directory, "appliance"),
     )
     table.finish()
     if kind is HostKind.ESX and host.login is None:
@@ -170,19 +184,20 @@ _SSH = re.compile(
 )
 
 
-def _login(table: Table, directory: Path) -> Login | None:
-    """The keys `ssh`, `ssh_identity` and `ssh_known_hosts` of a host. Raises ConfigInvalid."""
-    text = table.text("ssh", "")
-    identity, known = (_file(table.text(key, ""), directory) for key in ("ssh_identity", "ssh_known_hosts"))
+def _login(table: Table, directory: Path, way: str = "ssh") -> Login | None:
+    """The keys `ssh`, `ssh_identity` and `ssh_known_hosts` of a host, or those of another `way`. Raises
+    ConfigInvalid."""
+    text = table.text(way, "")
+    identity, known = (_file(table.text(f"{way}_{key}", ""), directory) for key in ("identity", "known_hosts"))
     if not text:
         if identity or known:
-            raise table.error("ssh", "is missing", hint='write ssh = "root@alpha1.example"')
+            raise table.error(way, "is missing", hint=f'write {way} = "root@alpha1.example"')
         return None
     found = _SSH.fullmatch(text)
     port = int(found["port"] or 22) if found else 0
     if found is None or not 0 < port < 65536:
         raise table.error(
-            "ssh", f"{text!r} is not [USER@]HOST[:PORT]", hint='write e.g. ssh = "root@alpha1.example:22"'
+            way, f"{text!r} is not [USER@]HOST[:PORT]", hint=f'write e.g. {way} = "root@alpha1.example:22"'
         )
     return Login(found["six"] or found["host"], found["user"] or "", port, identity, known)
 

@@ -134,32 +134,35 @@ class Context:
         return self._clients[host.name]
 
     def _connect(self, host: Host) -> ClientLike:
-        if host.kind is HostKind.ESX:
+        if not host.served:
             from drctl.cli.esx_client import EsxClient
 
             return EsxClient(host.name, str(host.login), self.shell(host))
         from drctl.appliance.client import Client
 
-        return Client(self._remote(host) if host.login else host.control)
+        return Client(self._remote(host, host.control_login) if host.control_login else host.control)
 
     def shell(self, host: Host) -> Shell:
         """The host by SSH; nothing is connected yet. One connection per login is kept. Raises ConfigInvalid."""
-        from drctl.hypervisor.shell import Shell
-
         if host.login is None:
             file, hint = str(self.config.directory), f'write ssh = "root@ADDRESS" below [[host]] name = "{host.name}"'
             raise ConfigInvalid(file, 0, "ssh", f"host {host.name!r} has no ssh", hint=hint)
-        return self._shells.setdefault(host.login, Shell(host.login))
+        return self._shell(host.login)
+
+    def _shell(self, login: Login) -> Shell:
+        from drctl.hypervisor.shell import Shell
+
+        return self._shells.setdefault(login, Shell(login))
 
     def close(self) -> None:
         """End the connections that were kept."""
         for shell in self._shells.values():
             shell.close()
 
-    def _remote(self, host: Host) -> RemoteSocket:
+    def _remote(self, host: Host, login: Login) -> RemoteSocket:
         from drctl.appliance.remote_socket import RemoteSocket
 
-        return RemoteSocket(self.shell(host), host.control.removeprefix("unix:"), host.prefix)
+        return RemoteSocket(self._shell(login), host.control.removeprefix("unix:"), host.prefix)
 
     def call(
         self,

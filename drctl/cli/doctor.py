@@ -33,7 +33,7 @@ from drctl.cli.options import Format, Output, begin, examples, noun
 from drctl.cli.status import draw
 from drctl.cli.vm import find
 from drctl.errors import ConfigInvalid, DrctlError
-from drctl.model.site import Host, HostKind
+from drctl.model.site import Host
 
 app = noun("Look for what would stand in the way of a recovery.")
 
@@ -76,7 +76,7 @@ def _host(context: Context, host: Host) -> tuple[list[Finding], bool]:
     answer = ask(context, host, info_method(host))
     after = context.clock.time()
     if answer.error:
-        who = "it" if host.kind is HostKind.ESX else "its appliance"
+        who = "its appliance" if host.served else "it"
         found = [error(host.name, f"{who} does not answer: {answer.error.message}", answer.error.hint)]
         return [*found, *_fence(host)], False
     found = examine_host(host.name, answer.result, __version__, (before + after) / 2, (after - before) / 2)

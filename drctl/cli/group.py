@@ -12,7 +12,7 @@ from drctl.cli.apply import differences, send
 from drctl.cli.config import Config
 from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
-from drctl.cli.group_file import decode_group, group_path, read_groups, render_group, spec_json
+from drctl.cli.group_file import decode_group, group_path, read_groups, render_group, spec_json, usual_interval
 from drctl.cli.inventory import Inventory, Place, take_inventory
 from drctl.cli.replicate import KEEP_REPLICA
 from drctl.cli.retention import demand_unlocked
@@ -85,7 +85,9 @@ def create(
     recovery_host: Annotated[str, typer.Option(metavar="HOST", help="Needed when the site has several.")] = "",
     interval: Annotated[
         float | None,
-        typer.Option("--interval", parser=seconds, metavar="DURATION", help="Between checkpoints, 500ms to 60s."),
+        typer.Option(
+            "--interval", parser=seconds, metavar="DURATION", help="Between checkpoints, 500ms to 60s; ESX: 30s to 1d."
+        ),
     ] = None,
     network: Annotated[
         list[str] | None,
@@ -106,7 +108,7 @@ def create(
         machines=tuple(machine),
         source_host=source_host,
         recovery_host=recovery_host,
-        checkpoint_interval=interval or context.config.defaults.checkpoint_interval,
+        checkpoint_interval=interval or usual_interval(context.config, source, source_host),
         networks=_pairs("--network", network),
         test_networks=_pairs("--test-network", test_network),
     )

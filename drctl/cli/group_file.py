@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from drctl.cli.config import MINIMUM_RING, NAME, Config, Defaults, read_interval
+from drctl.cli.config import CYCLE_INTERVAL, MINIMUM_RING, NAME, Config, Defaults, read_cycle_interval, read_interval
 from drctl.cli.limit_file import read_limits
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.bandwidth import Priority
 from drctl.model.extent import GiB
 from drctl.model.group import BootPolicy, GroupSpec, Retention, Rung, StrayPolicy
+from drctl.model.site import HostKind
 from drctl.toml.table import Table, read_toml
 
 
@@ -68,14 +69,15 @@ def decode_group(table: Table, config: Config) -> GroupSpec:
     source, recovery = table.choice("source", sites), table.choice("recovery", sites)
     if source == recovery:
         raise table.error("recovery", f"is {recovery!r}, the source too", hint="a group is recovered at another site")
+    source_host = _host(table, "source_host", config, source)
     spec = GroupSpec(
         name=table.text("name", pattern=NAME, example="web"),
         source=source,
         recovery=recovery,
         machines=table.strings("machines"),
-        source_host=_host(table, "source_host", config, source),
+        source_host=source_host,
         recovery_host=_host(table, "recovery_host", config, recovery),
-        checkpoint_interval=read_interval(table, config.defaults.checkpoint_interval),
+        checkpoint_interval=_interval(table, config, source_host),
         retention=_retention(table.table("retention"), config.defaults),
         ring_size=table.size("ring_size", config.defaults.ring_size, minimum=MINIMUM_RING),
         networks=table.mapping("networks"),
@@ -89,6 +91,18 @@ def decode_group(table: Table, config: Config) -> GroupSpec:
     if not spec.machines:
         raise table.error("machines", "names no machine", hint='e.g. machines = ["db", "web"]; see: drctl vm list')
     return spec
+
+
+def usual_interval(config: Config, site: str, host: str = "") -> float:
+    """What a group has between checkpoints whose source is this host, or the only one of the site."""
+    kinds = {each.kind for each in config.hosts if each.site == site and host in ("", each.name)}
+    return CYCLE_INTERVAL if kinds == {HostKind.ESX} else config.defaults.checkpoint_interval
+
+
+def _interval(table: Table, config: Config, source_host: str) -> float:
+    if config.host(source_host).kind is HostKind.ESX:
+        return read_cycle_interval(table)
+    return read_interval(table, config.defaults.checkpoint_interval)
 
 
 def _host(table: Table, key: str, config: Config, site: str) -> str:

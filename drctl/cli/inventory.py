@@ -16,14 +16,14 @@ from drctl.errors import (
     NotFound,
     PrivilegeMissing,
 )
-from drctl.model.site import Host, HostKind
+from drctl.model.site import Host
 
 #: A status is wanted within 3 s, also when one appliance hangs.
 READ_TIMEOUT = 2.5
 #: Calls at a time: as many as sixty appliances need to be asked in one go.
 WORKERS = 64
 
-#: What can be asked of an ESX host, on which no appliance runs (esx_client).
+#: What can be asked of an ESX host that no appliance serves (esx_client).
 ESX_METHODS = ("host.info", "machine.list")
 
 #: Errors of the way to an appliance; each has an exit code of its own.
@@ -84,14 +84,14 @@ def ask(context: Context, host: Host, method: str, **params: Any) -> Answer:
 
 
 def ask_all(context: Context, method: str, **params: Any) -> list[Answer]:
-    """Every appliance's answer, asked in parallel, in the order of the hosts; of ESX hosts what these can tell."""
-    hosts = [host for host in context.config.hosts if host.kind is not HostKind.ESX or method in ESX_METHODS]
+    """Every appliance's answer, asked in parallel, in the order of the hosts; where none is, what an ESX host tells."""
+    hosts = [host for host in context.config.hosts if host.served or method in ESX_METHODS]
     return in_parallel(lambda host: ask(context, host, method, **params), hosts)
 
 
 def info_method(host: Host) -> str:
-    """What tells about the host: its appliance, or what stands in for one on an ESX host."""
-    return "host.info" if host.kind is HostKind.ESX else "appliance.info"
+    """What tells about the host: its appliance, or what stands in for one of an ESX host that has none."""
+    return "appliance.info" if host.served else "host.info"
 
 
 def in_parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:

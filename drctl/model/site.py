@@ -38,7 +38,10 @@ class Host:
     (None: on this one).
 
     `link` is where the appliance of this host listens for streams, `ADDRESS:PORT`; `prefix` where its program lies;
-    `fence` is a command that makes sure that it can't run guests, `fence_timeout` its limit in seconds."""
+    `fence` is a command that makes sure that it can't run guests, `fence_timeout` its limit in seconds.
+
+    An ESX host's `login` is its own, and its appliance runs elsewhere: where it is `served`, on the machine that
+    `appliance` reaches (None: on this one)."""
 
     name: str
     site: str
@@ -50,6 +53,13 @@ class Host:
     prefix: str = PREFIX
     fence: tuple[str, ...] = ()
     fence_timeout: float = 60.0
+    served: bool = True
+    appliance: Login | None = None
+
+    @property
+    def control_login(self) -> Login | None:
+        """Where its appliance is."""
+        return self.appliance if self.kind is HostKind.ESX else self.login
 
 
 @dataclass(frozen=True, slots=True)

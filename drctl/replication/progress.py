@@ -165,6 +165,8 @@ class Progress:
         self.remote_sync = welcome.sync
         self._definition_sent = welcome.definition_version
         self._sync_was_last = False
+        if self.needs is Needs.INITIAL and self.sync is not None and self.sync.state is SyncState.DONE:
+            self.sync = None  # a store that is empty again: the pass that it once had whole is gone with it
         if self.sync is not None:
             self.sync.rewind(welcome.sync)
             self._sync_ended_remotely()

@@ -83,7 +83,9 @@ class Shipper:
         self.state.ring.attach(self.state.wake)
         server = await control.serve(Path(self.state.config.control), self._handlers())
         async with asyncio.TaskGroup() as tasks:
-            parts = [self._keep_link(), self._beat(), self._cutter.run()]
+            parts = [self._keep_link(), self._beat()]
+            if self.state.config.clock:
+                parts.append(self._cutter.run())
             if self.state.config.supervisor:
                 parts += [self._witness.attest(), self._witness.order(), self._witness.report()]
             running = [tasks.create_task(part) for part in parts]
@@ -185,10 +187,11 @@ class Shipper:
         return status(self.state)
 
     async def _mark(self, params: dict[str, Any]) -> Any:
-        """{kind, tags, timeout} → {number, kind, sequence, wall_ns, time, tags}, once proven and durable."""
+        """{kind, tags, timeout, taken_ns} → {number, kind, sequence, wall_ns, time, tags}, once proven and durable."""
         kind = str(params.get("kind") or "crash-consistent")
         timeout = float(params.get("timeout") or MARK_TIMEOUT)
-        return self._told(await self._cutter.cut_and_wait(kind, _tags(params), timeout))
+        taken_ns = int(params.get("taken_ns") or 0)
+        return self._told(await self._cutter.cut_and_wait(kind, _tags(params), timeout, taken_ns))
 
     async def _drain(self, params: dict[str, Any]) -> Any:
         """{tags, timeout}: the final mark: all that was written before is in it, and no other follows."""

@@ -18,7 +18,8 @@ class ShipperConfig(msgspec.Struct, frozen=True):
 
     `ring`, `bell`, `control` (our socket), `supervisor` (its socket), `definition` (a JSON file: the DEFINITION frame's
     fields), `tls`: paths. `peer`: HOST:PORT of the receiver; `peer_appliance`: the UUID it must have, empty: any on
-    the list. `interval`: seconds between marks. `read_limit`: bytes a second for the reader, 0: none.
+    the list. `interval`: seconds between marks, cut by our clock, or where `clock` is false only on order, by whoever
+    takes snapshots. `read_limit`: bytes a second for the reader, 0: none.
 
     `limits` and `priority` are the group's; `links` is the file with the limits of links, `site` the other one's name
     in it, and `share` the table by which this host's shippers share the link."""
@@ -35,6 +36,7 @@ class ShipperConfig(msgspec.Struct, frozen=True):
     supervisor: str = ""
     peer_appliance: str = ""
     interval: float = 5.0
+    clock: bool = True
     read_limit: int = 0
     software: str = ""
     limits: tuple[RateLimit, ...] = ()

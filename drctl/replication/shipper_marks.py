@@ -69,25 +69,26 @@ class MarkCutter:
                 self._state.no_mark_because = exc.message
                 self._state.changed.set()
 
-    def cut(self, kind: str, tags: Sequence[str]) -> Mark:
-        """A mark now. Raises WrongPhase with the reason why it can't be."""
+    def cut(self, kind: str, tags: Sequence[str], taken_ns: int = 0) -> Mark:
+        """A mark now; of the state at `taken_ns` (wall clock) where that was taken before it was read. Raises
+        WrongPhase with the reason why it can't be."""
         state = self._state
         view = state.ring.look()
-        mark = state.progress.plan_mark(view, time.time_ns(), time.monotonic_ns(), kind, tags)
+        mark = state.progress.plan_mark(view, taken_ns or time.time_ns(), time.monotonic_ns(), kind, tags)
         if mark is None:
             raise WrongPhase("too many marks wait for the link; no other is cut")
         state.attest.set()
         state.wake.set()
         return mark
 
-    async def cut_and_wait(self, kind: str, tags: Sequence[str], timeout: float) -> Mark:
+    async def cut_and_wait(self, kind: str, tags: Sequence[str], timeout: float, taken_ns: int = 0) -> Mark:
         """A mark as soon as one can be cut, and its fate: proven and durable.
 
         Raises WrongPhase (none could be cut in time), Refused (not attested) or ApplianceUnreachable (not durable in
         time; it may still become a checkpoint)."""
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
-        mark = await self._when_possible(kind, tags, end)
+        mark = await self._when_possible(kind, tags, end, taken_ns)
         future: asyncio.Future[Mark] = loop.create_future()
         self._state.waiting[mark.number] = future
         try:
@@ -101,11 +102,11 @@ class MarkCutter:
             raise Refused(f"mark #{mark.number} is not a checkpoint: {settled.failure}")
         return settled
 
-    async def _when_possible(self, kind: str, tags: Sequence[str], end: float) -> Mark:
+    async def _when_possible(self, kind: str, tags: Sequence[str], end: float, taken_ns: int) -> Mark:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                return self.cut(kind, tags)
+                return self.cut(kind, tags, taken_ns)
             except WrongPhase:
                 if loop.time() >= end:
                     raise

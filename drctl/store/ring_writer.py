@@ -165,6 +165,14 @@ class RingWriter:
 
     # --- room
 
+    def has_room(self, length: int) -> bool:
+        """Whether a record of so many bytes fits now: who can wait asks before, and nothing is ever dropped."""
+        head = self._head
+        place = head % self._capacity
+        if place + length > self._capacity:
+            head += self._capacity - place
+        return not self._dropping and self._fits(self._sequence + 1, head + length)
+
     def _refresh(self) -> None:
         """Learn what the shipper has released."""
         released = self._words[_RELEASED]

@@ -115,3 +115,4 @@ class OrderReason(IntEnum):
     CONNECTION_LOST = 2
     WRITE_REFUSED = 3
     RING_FULL = 4
+    CYCLE = 5  # a snapshot cycle is being written (ESX): the disks are no point in time

@@ -59,7 +59,7 @@ def test_machines(sim: EsxSim, place: Path, capsys: pytest.CaptureFixture[str]) 
     db, web = json.loads(capsys.readouterr().out)["machines"]
     assert (web["machine"], web["state"], web["host"], web["protected"]) == ("web", "running", "esx1", False)
     assert [disk["size"] for disk in web["disks"]] == [8 * MIB, 16 * MIB]
-    assert web["disks"][0]["refusal"] == "an ESX host can be looked at, not yet protected"
+    assert web["disks"][0]["refusal"] == "no appliance serves its host"
     assert db["disks"][0]["refusal"].startswith("its mode is independent-persistent")
     assert run(["vm", "show", "db", "--config", str(place)]) == 0
     assert "independent-persistent" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from drctl.errors import HostUnreachable, HypervisorRefused
 from drctl.hypervisor.esx.cycle import CycleState, DiskKey
 from drctl.hypervisor.esx.disks import Disks
+from drctl.hypervisor.esx.frozen import FrozenDisk
 from drctl.hypervisor.esx.host import EsxHost
 from drctl.hypervisor.esx.session import Runner
 from drctl.hypervisor.esx.snapshots import Snapshots, owner
@@ -49,13 +50,14 @@ class Images:
     def wholes(self) -> int:
         return len(self.read_whole)
 
-    def begin(self, number: int) -> None:
+    def begin(self, number: int, identity: str) -> None:
         self._staged = {disk: bytearray(data) for disk, data in self.disks.items()}
         self.sent, self.read_whole = 0, set()
 
-    def whole(self, disk: DiskKey, size: int) -> None:
-        self._staged[disk] = bytearray(size)
-        self.read_whole.add(disk)
+    def whole(self, disks: Mapping[DiskKey, FrozenDisk]) -> None:
+        for disk, frozen in disks.items():
+            self._staged[disk] = bytearray(frozen.read(0, frozen.size))
+            self.read_whole.add(disk)
 
     def write(self, disk: DiskKey, offset: int, data: bytes | memoryview) -> None:
         self._staged[disk][offset : offset + len(data)] = data
@@ -64,7 +66,7 @@ class Images:
     def zero(self, disk: DiskKey, extent: Extent) -> None:
         self._staged[disk][extent.offset : extent.end] = bytes(extent.length)
 
-    def commit(self, number: int) -> None:
+    def commit(self, number: int, taken: float) -> None:
         self.disks = self._staged
         self.checkpoints.append(number)
 

@@ -21,11 +21,13 @@ DiskKey = tuple[str, str]
 class Mark:
     """One snapshot of all machines. `names` by machine; `layers` by disk, empty until they were seen: the layer that is
     written since, and those that may lie right below it: the one that the snapshot froze, and the one that this is
-    merged into when the snapshot before is removed."""
+    merged into when the snapshot before is removed. `taken` is a moment (wall clock) before the first of them was made:
+    what guests had been told to be written by then is in it."""
 
     number: int
     names: Mapping[str, str]
     layers: Mapping[DiskKey, tuple[str, ...]] = field(default_factory=dict)
+    taken: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +179,8 @@ def without_snapshot(seen: Mapping[str, SeenMachine], machine: str, name: str) -
     return {**seen, machine: replace(seen[machine], ours=tuple(one for one in seen[machine].ours if one != name))}
 
 
-def begun(state: CycleState, number: int, names: Mapping[str, str]) -> CycleState:
-    return replace(state, pending=Mark(number, dict(names)), last=number)
+def begun(state: CycleState, number: int, names: Mapping[str, str], taken: float = 0.0) -> CycleState:
+    return replace(state, pending=Mark(number, dict(names), taken=taken), last=number)
 
 
 def noted(state: CycleState, mark: Mark) -> CycleState:
@@ -195,6 +197,11 @@ def done(state: CycleState, ship: Ship) -> CycleState:
 
 def abandoned(state: CycleState) -> CycleState:
     return replace(state, pending=None)
+
+
+def distrusted(state: CycleState) -> CycleState:
+    """The recovery site has not what it once had: nothing that it lacks can be left out. A pending mark goes on."""
+    return replace(state, baseline=None)
 
 
 def ended(state: CycleState) -> CycleState:

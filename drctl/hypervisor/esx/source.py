@@ -7,24 +7,27 @@ machine, not over them."""
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Sequence
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from drctl.errors import DrctlError, HypervisorRefused, NotFound
-from drctl.hypervisor import redo_log
+from drctl.errors import DrctlError, HypervisorRefused, IntegrityError, NotFound, UnsupportedFormat
+from drctl.hypervisor import redo_log, vmdk
 from drctl.hypervisor.esx import cycle
-from drctl.hypervisor.esx.cycle import Change, CycleState, DiskKey, SeenMachine
+from drctl.hypervisor.esx.batch import Command
+from drctl.hypervisor.esx.cycle import Change, CycleState, DiskKey, Mark, SeenMachine
 from drctl.hypervisor.esx.disks import Disks
+from drctl.hypervisor.esx.frozen import FrozenDisk
 from drctl.hypervisor.esx.host import EsxHost
-from drctl.hypervisor.esx.inventory import EsxMachine, Layer
+from drctl.hypervisor.esx.inventory import EsxMachine, Inventory, Layer
 from drctl.hypervisor.esx.snapshots import Snapshots, new_name
-from drctl.model.extent import Extent, MiB
+from drctl.hypervisor.redo_log import RedoLog
+from drctl.model.extent import Extent
 
-#: A whole disk is read in pieces of this size.
-PIECE = 4 * MiB
 #: More acts than any cycle has; a host that undoes each of them must not keep us forever.
 ACTS = 10_000
 
@@ -40,17 +43,23 @@ class Record(Protocol):
 class Sink(Protocol):
     """Where changes go. All between `begin` and `commit` is one checkpoint, and may come again after a crash."""
 
-    def begin(self, number: int) -> None: ...
+    def begin(self, number: int, identity: str) -> None:
+        """`identity` is that of the snapshots: under the same one comes the same data."""
 
-    def whole(self, disk: DiskKey, size: int) -> None:
-        """All of the disk follows; what is not told reads as zeroes. Comes again when the reading starts over."""
+    def whole(self, disks: Mapping[DiskKey, FrozenDisk]) -> None:
+        """All of these disks, to be read or compared; called before any write, when there are such. Returns when they
+        are at the recovery site, however long that takes."""
 
     def write(self, disk: DiskKey, offset: int, data: bytes | memoryview) -> None: ...
 
     def zero(self, disk: DiskKey, extent: Extent) -> None: ...
 
-    def commit(self, number: int) -> None:
-        """Returns when everything is durable."""
+    def commit(self, number: int, taken: float) -> None:
+        """Returns when everything is durable, as it was at `taken` (wall clock)."""
+
+
+#: What looks at the host before anything is changed there; raises when no cycle should begin.
+Check = Callable[[Inventory, Sequence[str]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,17 @@ class Parts:
     host: EsxHost
     snapshots: Snapshots
     disks: Disks
+    check: Check = lambda inventory, wanted: None
+    clock: Callable[[], float] = time.time
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a disk's change is read: its redo logs, or all of it."""
+
+    disk: DiskKey
+    logs: tuple[tuple[str, RedoLog], ...] = ()
+    whole: FrozenDisk | None = None
 
 
 class Source:
@@ -71,6 +91,9 @@ class Source:
         self._sink = sink
         #: What the last cycles met: disks that were read whole, cycles that were given up.
         self.remarks: list[str] = []
+        #: The host as it was last looked at.
+        self.inventory: Inventory | None = None
+        self._swept = False
 
     def run(self, wanted: Sequence[str], *, name: Callable[[str, int], str] = new_name) -> int:
         """One cycle over these machines (paths of .vmx), finishing what an earlier one left. The mark's number.
@@ -79,6 +102,8 @@ class Source:
         state = self._record.load()
         begin, stale = True, False
         machines, seen = self._look(state.group, wanted)
+        if not self._swept:
+            self._sweep_clones(state, [machines[path] for path in wanted])
         for _ in range(ACTS):
             act = cycle.next_act(state, seen, wanted, begin=begin)
             if stale and not isinstance(act, cycle.Create):
@@ -88,6 +113,10 @@ class Source:
             match act:
                 case None:
                     return state.baseline.number if state.baseline else 0
+                case cycle.Begin():
+                    assert self.inventory is not None
+                    self._parts.check(self.inventory, wanted)
+                    state, begin = self._note(state, act, wanted, name), False
                 case cycle.Create(machine=machine, name=label):
                     self._create(state, machines[machine], label)
                     seen = cycle.with_snapshot(seen, machine, label)
@@ -96,10 +125,11 @@ class Source:
                     self._parts.snapshots.remove(machines[machine], label)
                     seen = cycle.without_snapshot(seen, machine, label)
                 case cycle.Ship():
-                    self._ship(act, machines)
+                    assert state.pending is not None
+                    self._ship(act, state.pending, machines, state.group)
                     state, begin = self._save(cycle.done(state, act)), False
                 case _:
-                    state, begin = self._note(state, act, wanted, name), begin and not isinstance(act, cycle.Begin)
+                    state = self._note(state, act, wanted, name)
         raise HypervisorRefused(f"{self._parts.host.name}: the snapshot cycle of {state.group} comes to no end")
 
     def _note(
@@ -108,7 +138,8 @@ class Source:
         """Acts that change the record alone."""
         match act:
             case cycle.Begin(number=number):
-                return self._save(cycle.begun(state, number, {one: name(state.group, number) for one in wanted}))
+                names = {one: name(state.group, number) for one in wanted}
+                return self._save(cycle.begun(state, number, names, self._parts.clock()))
             case cycle.Note(mark=mark):
                 return self._save(cycle.noted(state, mark))
             case cycle.Abandon(reason=reason):
@@ -117,17 +148,37 @@ class Source:
         raise AssertionError(act)
 
     def stop(self) -> None:
-        """End the replication: every snapshot of the group's is removed, none is kept."""
-        self._save(cycle.ended(self._record.load()))
+        """End the replication: every snapshot of the group's is removed, none is kept, nor a clone."""
+        state = self._save(cycle.ended(self._record.load()))
+        machines = self._sweep()
+        self._sweep_clones(state, list(machines.values()))
+
+    def abandon(self) -> None:
+        """Give up a mark that is not at the recovery site: its snapshots are removed, the newest that is stays."""
+        self._save(cycle.abandoned(self._record.load()))
         self._sweep()
 
-    def _sweep(self) -> None:
-        """Remove the snapshots that are in no record."""
+    def _sweep(self) -> dict[str, EsxMachine]:
+        """Remove the snapshots that are in no record. The host's machines."""
         state = self._record.load()
         machines, seen = self._look(state.group, ())
         while isinstance(act := cycle.next_act(state, seen, (), begin=False), cycle.Remove):
             self._parts.snapshots.remove(machines[act.machine], act.name)
             seen = cycle.without_snapshot(seen, act.machine, act.name)
+        return machines
+
+    def _sweep_clones(self, state: CycleState, machines: Sequence[EsxMachine]) -> None:
+        """Delete clones of ours that no pending mark waits for: what a crash left."""
+        places = sorted({posixpath.dirname(layer.path) for one in machines for d in one.disks for layer in d.layers})
+        kept = state.pending.number if state.pending else -1
+        for place, answer in zip(
+            places, self._parts.host.session.run(*(["ls", place] for place in places)), strict=True
+        ):
+            for line in answer.out.splitlines():
+                match = _CLONE.fullmatch(line)
+                if match and match[1] == state.group and int(match[2]) != kept:
+                    self._parts.disks.delete(f"{place}/{line}")
+        self._swept = True
 
     def _save(self, state: CycleState) -> CycleState:
         self._record.save(state)
@@ -135,7 +186,8 @@ class Source:
 
     def _look(self, group: str, wanted: Sequence[str]) -> tuple[dict[str, EsxMachine], dict[str, SeenMachine]]:
         """The host's machines; of those without redo logs, which can't have snapshots of ours, nothing is asked."""
-        machines = {one.vmx: one for one in self._parts.host.inventory().machines}
+        self.inventory = self._parts.host.inventory()
+        machines = {one.vmx: one for one in self.inventory.machines}
         if missing := next((one for one in wanted if one not in machines), None):
             raise NotFound("machine", missing, known=sorted(machines))
         some = [machine for machine in machines.values() if machine.has_snapshots]
@@ -155,56 +207,88 @@ class Source:
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    def _ship(self, act: cycle.Ship, machines: dict[str, EsxMachine]) -> None:
-        self._sink.begin(act.number)
-        for change in act.changes:
-            layers = {layer.path: layer for disk in machines[change.disk[0]].disks for layer in disk.layers}
-            chosen = [layers[path] for path in change.layers]
-            if change.reason:
-                self.remarks.append(
-                    f"{change.disk[1]} of {machines[change.disk[0]].name} is read whole: {change.reason}"
-                )
-            try:
-                self._read(change, chosen)
-            except HypervisorRefused as exc:
-                self.remarks.append(exc.message)
-                self._clone(change, chosen[-1])
-        self._sink.commit(act.number)
+    def _ship(self, act: cycle.Ship, mark: Mark, machines: dict[str, EsxMachine], group: str) -> None:
+        clones: list[str] = []
+        readings: list[_Reading] = []
+        try:
+            prefix = f"drctl.{group}.{act.number}"
+            readings.extend(self._reading(one, machines[one.disk[0]], prefix, clones) for one in act.changes)
+            self._sink.begin(act.number, " ".join(sorted(mark.names.values())))
+            if whole := {one.disk: one.whole for one in readings if one.whole is not None}:
+                self._sink.whole(whole)
+            for one in readings:
+                for path, log in one.logs:
+                    self._send(one.disk, path, log)
+            self._sink.commit(act.number, mark.taken)
+        finally:
+            for one in readings:
+                if one.whole is not None:
+                    one.whole.close()
+        # Not after a failure: the next attempt at this mark goes on with them, another sweeps them.
+        for target in clones:
+            self._parts.disks.delete(target)
 
-    def _read(self, change: Change, layers: Sequence[Layer]) -> None:
-        """The layers as they lie there, oldest first: later ones win."""
-        for layer in layers:
+    def _reading(self, change: Change, machine: EsxMachine, prefix: str, clones: list[str]) -> _Reading:
+        """How to read a change: its redo logs as they lie there, oldest first, later ones win; or all of the disk."""
+        layers = [layer for disk in machine.disks for layer in disk.layers]
+        known = {layer.path: layer for layer in layers}
+        chosen = [known[path] for path in change.layers]
+        if change.reason:
+            self.remarks.append(f"{change.disk[1]} of {machine.name} is read whole: {change.reason}")
+        try:
+            logs, base = self._opened(chosen)
+            if not change.whole:
+                return _Reading(change.disk, logs)
+            frozen = FrozenDisk(self._parts.host.session.fetch, base, chosen[-1].descriptor.size, logs)
+        except (HypervisorRefused, IntegrityError, UnsupportedFormat) as exc:
+            self.remarks.append(f"{change.disk[1]} of {machine.name}: a clone is read: {exc.message}")
+            frozen = self._clone(chosen[-1], prefix, clones)
+        return _Reading(change.disk, whole=frozen)
+
+    def _opened(self, layers: Sequence[Layer]) -> tuple[tuple[tuple[str, RedoLog], ...], str]:
+        """The redo logs among the layers, parsed, and the file of the base, if it is among them.
+
+        Raises HypervisorRefused where the host does not let one be read; IntegrityError, UnsupportedFormat."""
+        session, base = self._parts.host.session, ""
+        paths = [extent_path(layer) for layer in layers]
+        told = session.run(*(command for path in paths for command in _looks(path)))
+        logs = []
+        for layer, path, probe, size in zip(layers, paths, told[0::2], told[1::2], strict=True):
+            if probe.code:
+                raise HypervisorRefused(f"{path} can't be read there: {probe.told}")
             if layer.descriptor.is_redo_log:
-                self._read_redo_log(change.disk, layer)
+                logs.append((path, redo_log.parse(partial(session.fetch, path), int(session.checked(size).out))))
+            elif layer.descriptor.kind == vmdk.VIRTUAL_RDM:
+                raise HypervisorRefused(f"{path} is a raw device mapping: its data lies elsewhere")
             else:
-                self._read_flat(change.disk, extent_path(layer), layer.descriptor.size)
+                base = path
+        return tuple(logs), base
 
-    def _read_redo_log(self, disk: DiskKey, layer: Layer) -> None:
-        path = extent_path(layer)
-        read = partial(self._parts.host.session.fetch, path)
-        log = redo_log.parse(read, self._parts.host.session.size(path))
+    def _send(self, disk: DiskKey, path: str, log: RedoLog) -> None:
         for extent, is_data in log.extents():
             if not is_data:
                 self._sink.zero(disk, extent)
-        for offset, data in redo_log.grains(log, read):
+        for offset, data in redo_log.grains(log, partial(self._parts.host.session.fetch, path)):
             self._sink.write(disk, offset, data)
 
-    def _read_flat(self, disk: DiskKey, path: str, size: int) -> None:
-        self._sink.whole(disk, size)
-        for offset in range(0, size, PIECE):
-            (data,) = self._parts.host.session.fetch(path, [Extent(offset, min(PIECE, size - offset))])
-            if data.count(0) != len(data):
-                self._sink.write(disk, offset, data)
+    def _clone(self, newest: Layer, prefix: str, clones: list[str]) -> FrozenDisk:
+        """Where the host does not let frozen layers be read: a flat copy of them beside, to be deleted afterwards.
 
-    def _clone(self, change: Change, newest: Layer) -> None:
-        """Where the host does not let frozen layers be read: a flat copy is made of them, read, and deleted."""
-        place = posixpath.dirname(newest.path)
-        target = f"{place}/drctl-{posixpath.basename(newest.path)}"
+        Its name has the mark's number, which is never used again: no other mark takes it for its own."""
+        target = f"{posixpath.dirname(newest.path)}/{prefix}.{posixpath.basename(newest.path)}"
         self._parts.disks.clone(newest.path, target)
-        try:
-            self._read_flat(change.disk, target.removesuffix(".vmdk") + "-flat.vmdk", newest.descriptor.size)
-        finally:
-            self._parts.disks.delete(target)
+        clones.append(target)
+        flat = target.removesuffix(".vmdk") + "-flat.vmdk"
+        return FrozenDisk(self._parts.host.session.fetch, flat, newest.descriptor.size)
+
+
+#: A clone of ours: group, number, and the layer that it was made of.
+_CLONE = re.compile(r"drctl\.([A-Za-z0-9][A-Za-z0-9_-]*)\.(\d+)\.(?!.*-flat\.vmdk).*\.vmdk")
+
+
+def _looks(path: str) -> tuple[Command, Command]:
+    """Whether a file's bytes can be had, and how many there are."""
+    return ["dd", f"if={path}", "of=/dev/null", "bs=1M", "count=1"], ["stat", "-c", "%s", path]
 
 
 def _seen(machine: EsxMachine, ours: tuple[str, ...]) -> SeenMachine:

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drctl.errors import IntegrityError, UnsupportedFormat
+from drctl.errors import HostUnreachable, IntegrityError, UnsupportedFormat
 from drctl.hypervisor import redo_log
+from drctl.hypervisor.esx.frozen import FrozenDisk
 from drctl.model.extent import Extent
 from tests.esxsim import formats
 
@@ -165,3 +166,55 @@ def test_a_wrong_bit_of_structure_never_ends_in_another_error(kind: str, tmp_pat
 def test_what_is_no_redo_log(data: bytes) -> None:
     with pytest.raises(UnsupportedFormat):
         redo_log.parse(reader(data), len(data))
+
+
+@kinds
+@given(writes, writes, st.integers(0, 2**32))
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_frozen_chain_is_read_as_one_disk(
+    kind: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    older: list[tuple[int, int]],
+    newer: list[tuple[int, int]],
+    seed: int,
+) -> None:
+    """A base and two redo logs, over several windows and at odd places, against a plain array."""
+    size = 20 * MIB + 512
+    chance, disk = random.Random(seed), bytearray(b"\x11" * size)
+    files, logs = {"base": bytes(disk)}, []
+    for name, some in (("older", older), ("newer", newer)):
+        log, descriptor = make(kind, tmp_path_factory.mktemp("chain"), size)
+        for block, count in [*some, (size // 4096 - 1, 1)]:
+            offset = block * 4096 + chance.choice([0, 8 * MIB, 12 * MIB])
+            data = chance.choice([chance.randbytes(4096 * count), bytes(4096 * count)])[: size - offset]
+            formats.write(descriptor, offset, data)
+            disk[offset : offset + len(data)] = data
+        files[name] = log.path.read_bytes()
+        logs.append((name, redo_log.parse(reader(files[name]), len(files[name]))))
+    frozen = FrozenDisk(lambda path, ranges: reader(files[path])(ranges), "base", size, logs)
+    try:
+        assert frozen.read(0, size) == bytes(disk)
+        for _ in range(5):
+            offset = chance.randrange(size)
+            length = chance.randrange(size - offset)
+            assert frozen.read(offset, length) == bytes(disk[offset : offset + length])
+        with pytest.raises(ValueError):
+            frozen.read(size - 1, 2)
+    finally:
+        frozen.close()
+
+
+def test_a_window_that_could_not_be_fetched_is_fetched_anew() -> None:
+    failing = [True]
+
+    def fetch(path: str, ranges: Sequence[Extent]) -> list[bytes]:
+        if failing[0]:
+            raise HostUnreachable("away")
+        return [b"\x22" * one.length for one in ranges]
+
+    frozen = FrozenDisk(fetch, "base", MIB)
+    with pytest.raises(HostUnreachable):
+        frozen.read(0, 10)
+    failing[0] = False
+    assert frozen.read(0, 10) == b"\x22" * 10
+    frozen.close()

@@ -1,0 +1,59 @@
+"""The definitions of an ESX group's machines, as libvirt would have them, in a file for the shipper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from drctl.appliance.config import Home
+from drctl.appliance.esx_guests import EsxGuests
+from drctl.appliance.group_state import GroupState
+from drctl.errors import IntegrityError
+from drctl.store import atomic
+
+
+class EsxDefinition:
+    """`home/groups/NAME.definition`: a DEFINITION frame's fields; `version` rises whenever anything in it changes."""
+
+    def __init__(self, home: Home, group: str, guests: EsxGuests) -> None:
+        self._path: Path = home.groups / f"{group}.definition"
+        self._home = home
+        self._guests = guests
+
+    def refresh(self, state: GroupState) -> bool:
+        """Write the file when something has changed; True when it was written. Raises NotFound, HostUnreachable."""
+        fields = self._fields(state)
+        old = self._load()
+        version = int(old.pop("version", 0))
+        if old == fields:
+            return False
+        atomic.write_json(self._path, {"version": version + 1, **fields})
+        return True
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            return dict(atomic.read_json(self._path) or {})
+        except IntegrityError:
+            return {}
+
+    def _fields(self, state: GroupState) -> dict[str, Any]:
+        return {
+            "spec": msgspec.to_builtins(state.spec),
+            "machines": [
+                {
+                    "name": name,
+                    "uuid": self._guests.machine(name).uuid,
+                    "definition": self._guests.definition(name),
+                    "files": {},
+                }
+                for name in state.spec.machines
+            ],
+            "disks": [
+                {"number": disk.number, "machine": disk.machine, "target": disk.target, "size": disk.size}
+                for disk in state.disks
+            ],
+            "source_site": self._home.config.site,
+            "source_host": self._home.config.host,
+        }
