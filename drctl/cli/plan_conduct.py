@@ -17,6 +17,7 @@ from drctl.cli.junit import write_junit
 from drctl.cli.person import Person
 from drctl.cli.plan_site import GroupSite
 from drctl.cli.report_text import suite
+from drctl.cli.run_keeper import KeptRun
 from drctl.errors import CleanUpFailed, Interrupted, StepFailed
 from drctl.plan.engine import Engine, Verdict
 from drctl.plan.execute import Executed, Execution
@@ -28,7 +29,6 @@ from drctl.plan.plan import Mode
 from drctl.plan.record import RunRecord, read_record
 from drctl.plan.report import make_report, rto
 from drctl.plan.step import Compiled
-from drctl.store.run_log import RunLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Conduct:
     context: Context
     compiled: Compiled
     site: GroupSite
-    log: RunLog
+    log: KeptRun
     events: list[dict[str, Any]]
     directory: Path
 
@@ -50,7 +50,8 @@ class Conduct:
             name, self.compiled.plan.name, self.compiled.mode, self.directory, options.checkpoint, attempts
         )
         performer = Performer(self.site, Person(self.context.screen).ask, around)
-        execution = Execution(Engine(self.compiled), performer, self._record, self.context.clock.monotonic)
+        clock = self.context.clock
+        execution = Execution(Engine(self.compiled), performer, self._record, clock.monotonic, self.log.flush)
         notifications = Notifications(self.context.config.hook, self.context.screen.say)
         self._tell(notifications, "run-begun", {"resumed": bool(self._told().resumed)})
         try:
@@ -63,6 +64,7 @@ class Conduct:
                 write_junit(junit, [suite(make_report(told))])
         finally:
             notifications.close()
+        self.log.finish()
         return self._finish(self._told(), executed)
 
     def _tell(self, notifications: Notifications, event: str, facts: Mapping[str, Any]) -> None:

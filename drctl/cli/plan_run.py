@@ -17,10 +17,11 @@ from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.junit import write_junit
 from drctl.cli.plan_conduct import Conduct
-from drctl.cli.plan_files import plan_commit
+from drctl.cli.plan_files import plan_commit, plan_directory
 from drctl.cli.plan_inventory import Stock, from_appliances
 from drctl.cli.plan_moves import MoveSite, Outlook, move_site
 from drctl.cli.plan_site import DrillSite
+from drctl.cli.run_keeper import Keeper, KeptRun, catch_up, keep
 from drctl.errors import (
     ConfigInvalid,
     DrctlError,
@@ -116,15 +117,20 @@ class Attempt:
         if by_name:
             confirm_name(self.context.screen, self.plan.name, typed=confirm, what="plan")
         directory = _writable(runs.run_directory(self.context))
-        with _alone(directory, self.plan.name), self.site.alone() if self.site else nullcontext():
-            return self._carry_out(directory, junit)
-
-    def _carry_out(self, directory: Path, junit: Path | None) -> int:
-        context = self.context
-        moment = datetime.fromtimestamp(context.clock.time(), UTC)
+        moment = datetime.fromtimestamp(self.context.clock.time(), UTC)
         name = f"{moment:%Y%m%dT%H%M%SZ}-{self.plan.name}-{secrets.token_hex(2)}"
+        with (
+            _alone(directory, self.plan.name),
+            keep(self.context, self.plan.groups, self.plan.name, name) as keeper,
+            self.site.alone() if self.site else nullcontext(),
+        ):
+            return self._carry_out(name, directory, keeper, junit)
+
+    def _carry_out(self, name: str, directory: Path, keeper: Keeper, junit: Path | None) -> int:
+        context = self.context
         site = self.site or DrillSite(context, self.plan.groups, name)
-        with RunLog.create(run_path(directory, name)) as log:
+        with RunLog.create(run_path(directory, name)) as own:
+            log = KeptRun(own, keeper)
             first = [self._first(name), *described(self.compiled)]
             events = [log.append(event, context.clock.time()) for event in first]
             return Conduct(context, self.compiled, site, log, events, self.path.parent).run(name, junit)
@@ -186,8 +192,9 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
     Raises NotFound, Locked when it goes on somewhere, WrongPhase when it has ended, Refused when its plan is another
     one by now, IntegrityError when its record is damaged."""
     directory = runs.run_directory(context)
-    log, events = RunLog.open(run_path(directory, name))
-    with log:
+    catch_up(context, run_path(directory, name))
+    own, events = RunLog.open(run_path(directory, name))
+    with own:
         record = read_record(events)
         if record is None:
             raise WrongPhase(f"{name} was killed before it began anything", hint="begin a new one: drctl plan run")
@@ -195,7 +202,7 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
             raise UnsupportedFormat(f"{name} was written by a newer drctl", hint="go on with that one")
         if record.verdict == Verdict.PASSED or (record.verdict and not _has_rest(record)):
             raise WrongPhase(f"{name} has ended: {record.verdict}", hint=f"drctl run show {name}")
-        plan, path = _same_plan(record)
+        plan, path = _same_plan(context, record)
         mode, options = Mode(record.mode), _options(record)
         site = DrillSite(context, plan.groups, name) if mode is Mode.TEST else _moved(context, plan, record)
         again = reopened(record)
@@ -208,7 +215,12 @@ def resume(context: Context, name: str, junit: Path | None, *, dry_run: bool, ye
         steps = [f"go on with {name}: {_left(compiled)}"]
         if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question="Go on with it?"):
             return 0
-        with _alone(directory, plan.name), site.alone() if isinstance(site, MoveSite) else nullcontext():
+        with (
+            _alone(directory, plan.name),
+            keep(context, plan.groups, plan.name, name, own) as keeper,
+            site.alone() if isinstance(site, MoveSite) else nullcontext(),
+        ):
+            log = KeptRun(own, keeper)
             resumed = {"event": "resumed", "operator": context.settings.operator}
             events += [log.append(event, context.clock.time()) for event in (resumed, *described(compiled))]
             return Conduct(context, compiled, site, log, events, path.parent).run(name, junit)
@@ -286,9 +298,11 @@ def _alone(directory: Path, plan: str) -> AbstractContextManager[int]:
     return atomic.lock(directory / f".{plan}.lock", wait=False, what=f"another run of {plan} from here")
 
 
-def _same_plan(record: RunRecord) -> tuple[Plan, Path]:
-    """The plan that the run was begun with. Raises Refused, ConfigInvalid."""
+def _same_plan(context: Context, record: RunRecord) -> tuple[Plan, Path]:
+    """The plan that the run was begun with, here or on another machine. Raises Refused, ConfigInvalid."""
     path = Path(str(record.facts["file"]))
+    if not path.exists():
+        path = plan_directory(context.config) / f"{record.plan}.toml"
     try:
         same = runs.digest(path) == record.facts["digest"]
     except OSError as exc:

@@ -51,13 +51,13 @@ def list_(
     last: Annotated[int, typer.Option("--last", metavar="N", min=0, help="The newest so many; 0: all.")] = 30,
     output: Output = Format.TEXT,
 ) -> None:
-    """List the runs whose records are here, oldest first."""
+    """List the runs whose records are here or at a recovery site, oldest first."""
     context = begin(ctx, output)
-    rows = [runs.as_json(one) for one in runs.look_all(context, last)]
+    rows = runs.listed(context, last)
     if context.screen.as_json:
         context.document("runs", runs=rows)
         return
-    columns = ("run", "plan", "mode", "state", "began", "took", "failed")
+    columns = ("run", "plan", "mode", "state", "began", "took", "failed", "kept at")
     context.screen.table(columns, [_row(one) for one in rows], "no plan was run here yet")
 
 
@@ -72,6 +72,7 @@ def _row(one: dict[str, object]) -> tuple[str, ...]:
         render.moment(began if isinstance(began, float) else None),
         render.duration(took),
         render.word(one["failed"]),
+        tame_line(", ".join(map(str, one["kept"] if isinstance(one["kept"], list) else ())) or "here alone"),
     )
 
 
@@ -89,10 +90,10 @@ def show(
 ) -> None:
     """Show one run: each step with its outcome, how long it took, and why it failed."""
     context = begin(ctx, output)
-    found = runs.look(context, run)
+    found = runs.find(context, run)
     record = found.record
     if record is None:
-        raise IntegrityError(f"{found.path} does not begin as a run's record does", hint=f"drctl run verify {run}")
+        raise IntegrityError(f"{found.place} does not begin as a run's record does", hint=f"drctl run verify {run}")
     steps = [one for one in record.steps.values() if step in ("", one.id)]
     if context.screen.as_json:
         told = [_step_json(one) for one in steps]
@@ -111,7 +112,8 @@ def show(
             ("began", render.moment(record.began)),
             ("took", render.duration(runs.seconds(record))),
             ("operator", render.word(record.facts.get("operator"))),
-            ("record", f"{found.path}, {found.found.lines} lines, head {found.found.head[:16]}"),
+            ("plan's commit", render.word(record.facts.get("commit") or None)),
+            ("record", f"{found.place}, {found.found.lines} lines, head {found.found.head[:16]}"),
         ]
     )
     context.screen.line()
@@ -176,23 +178,18 @@ def verify(
     ] = "",
     output: Output = Format.TEXT,
 ) -> None:
-    """Check that no line of a run's record was changed, lost or added in between.
+    """Check that no line of a run's record was changed, lost or added in between, and who vouches for it.
 
-    A record that was rewritten as a whole only --head can tell. Exits with 31 and names the first broken line."""
+    Its lines are chained by hashes. The recovery site's appliance signs up to which line it keeps them; the other site
+    keeps the hash of a line, where it could be reached. What holds is told, and up to which line; what is missing is no
+    error, what does not fit is: exit code 31, and the first broken line."""
+    from drctl.cli import run_verify
+
     context = begin(ctx, output)
-    found = runs.look(context, run)
-    what = found.found
-    run = found.name
-    if context.screen.as_json:
-        fields = {"lines": what.lines, "broken_line": what.broken or None, "problem": what.problem, "head": what.head}
-        context.document("run-verification", run=run, sound=what.sound, **fields, torn_bytes=what.torn_bytes)
-    elif what.sound:
-        torn = f"; {what.torn_bytes} bytes of a last line that was never finished" if what.torn_bytes else ""
-        context.screen.line(f"{run}: {what.lines} lines are sound{torn}; head {what.head}")
-    if not what.sound:
-        raise IntegrityError(f"{found.path}: line {what.broken}: {what.problem}", hint="lines before it are sound")
-    if head and head != what.head:
-        raise IntegrityError(f"{found.path}: its head is {what.head}, not {head}", hint="lines were added or rewritten")
+    found = runs.find(context, run)
+    proof = run_verify.prove(context, found)
+    run_verify.tell(context, found, proof)
+    run_verify.demand(found, proof, head)
 
 
 @app.command(epilog=examples("drctl run resume 20260131T021005Z-shop-3f9c --yes"))
@@ -207,6 +204,9 @@ def resume(
     output: Output = Format.TEXT,
 ) -> int:
     """Go on with a run that was killed: from what is true at the hosts, not from where its record ends.
+
+    Also on another machine than the one that began it: what the recovery site keeps of the record is taken from there;
+    the plan's file has to be the same.
 
     What stands is not made again; scripts that had ended are not run again, one that was cut off is; health checks are
     done anew. A run that was cleaning up goes on with that. Exit codes are those of plan run."""

@@ -16,9 +16,9 @@ from drctl.plan.report import TREND, Report, make_report
 
 def look(context: Context, name: str) -> Report:
     """The run's report. Raises NotFound, IntegrityError when not even its beginning can be read."""
-    found = runs.look(context, name)
+    found = runs.find(context, name)
     if found.record is None:
-        raise IntegrityError(f"{found.path} does not begin as a run's record does", hint=f"drctl run verify {name}")
+        raise IntegrityError(f"{found.place} does not begin as a run's record does", hint=f"drctl run verify {name}")
     damage = "" if found.found.sound else f"line {found.found.broken}: {found.found.problem}"
     earlier = runs.earlier(context, found.record, TREND)
     return make_report(found.record, earlier, head=found.found.head, damage=damage)

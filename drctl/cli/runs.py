@@ -1,19 +1,21 @@
-"""Records of runs on this machine: where they are, and what they say."""
+"""Records of runs on this machine and at the sites: where they are, and what they say."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from drctl.cli.context import Context
+from drctl.cli.inventory import ask_all
+from drctl.cli.run_keeper import Copy, copies
 from drctl.plan.engine import Verdict
 from drctl.plan.findings import Finding, Severity
 from drctl.plan.plan import Mode, Plan
 from drctl.plan.record import RunRecord, read_record
-from drctl.store.run_log import Verification, list_runs, read_run, run_path
+from drctl.store.run_log import Verification, list_runs, parse_run, read_run, run_path
 
 #: What stands for the newest run's name.
 LATEST = "latest"
@@ -23,12 +25,15 @@ LOOKED_AT = 200
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run's log: what it tells, and whether its lines are sound."""
+    """One run's log: what it tells, and whether its lines are sound. `place` is where it was read: a path, or a site's
+    host; `copies` are those of all sites that have it, `own` the bytes of the one here."""
 
     name: str
-    path: Path
+    place: str
     record: RunRecord | None
     found: Verification
+    copies: tuple[Copy, ...] = ()
+    own: bytes = b""
 
 
 def run_directory(context: Context) -> Path:
@@ -42,12 +47,39 @@ def look(context: Context, name: str) -> Run:
     if name == LATEST:
         name = max(list_runs(run_directory(context)), default=name)
     path = run_path(run_directory(context), name)
-    events, found = read_run(path)
+    return _read(name, str(path), *read_run(path))
+
+
+def find(context: Context, name: str) -> Run:
+    """One run wherever it is told most of: here, or at a site. `latest` is the newest anywhere. Raises NotFound."""
+    if name == LATEST:
+        name = max([*list_runs(run_directory(context)), *(row["run"] for row in at_sites(context, 1))], default=name)
+    path = run_path(run_directory(context), name)
+    own = path.read_bytes() if path.exists() else b""
+    kept = tuple(copies(context, name))
+    read = [_read(name, copy.label, *parse_run(copy.data)) for copy in kept]
+    if own or not read:
+        read.append(look(context, name))
+    best = max(read, key=lambda run: run.found.lines)
+    return replace(best, copies=kept, own=own)
+
+
+def at_sites(context: Context, last: int) -> list[dict[str, Any]]:
+    """Runs that sites keep, each once, with `kept` naming where; a site that does not answer is passed over."""
+    rows: dict[str, dict[str, Any]] = {}
+    for answer in ask_all(context, "run.list", last=last):
+        for row in () if answer.failed else answer.result:
+            known = rows.setdefault(str(row["run"]), {**row, "kept": []})
+            known["kept"].append(f"{answer.host.site}/{answer.host.name}")
+    return [rows[name] for name in sorted(rows)]
+
+
+def _read(name: str, place: str, events: list[dict[str, Any]], found: Verification) -> Run:
     try:
         record = read_record(events)
     except (KeyError, TypeError, ValueError):
         record = None  # sound lines, but not those of a run that we know how to read
-    return Run(name, path, record, found)
+    return Run(name, place, record, found)
 
 
 def look_all(context: Context, last: int = 0) -> list[Run]:
@@ -125,5 +157,18 @@ def as_json(run: Run) -> dict[str, Any]:
         "ended": record.ended if record else None,
         "operator": record.facts.get("operator") if record else None,
         "failed": sum(step.outcome == "failed" for step in record.steps.values()) if record else None,
-        "file": str(run.path),
+        "file": run.place,
+        "kept": [copy.label for copy in run.copies],
     }
+
+
+def listed(context: Context, last: int) -> list[dict[str, Any]]:
+    """The newest `last` runs (0: all) that are here or at a site, oldest first, as `as_json` tells them."""
+    rows = {run.name: as_json(run) for run in look_all(context, last)}
+    for row in at_sites(context, last):
+        state_there = str(row.get("verdict") or "unfinished") if row.get("plan") else "damaged"
+        there = {key: row.get(key) for key in ("run", "plan", "mode", "began", "ended", "operator", "failed")}
+        there |= {"state": state_there, "file": row["kept"][0]}
+        known = rows.get(row["run"])
+        rows[row["run"]] = (known if known and known["state"] != "unfinished" else there) | {"kept": row["kept"]}
+    return [rows[name] for name in sorted(rows)][-last:]

@@ -30,6 +30,10 @@ Perform = Callable[[Step, threading.Event], Result]
 Record = Callable[[Mapping[str, Any]], object]
 
 
+def nothing() -> None:
+    """No second place for records."""
+
+
 @dataclass(frozen=True, slots=True)
 class Executed:
     """How it ended. `unrecorded` is why the record could not be written to its end, None when it was."""
@@ -42,10 +46,19 @@ class Execution:
     """Carries out one run in the calling thread. Invariant: no step begins before its record is durable; when records
     can't be written any more, nothing of the way forward begins, and a test is cleaned up all the same."""
 
-    def __init__(self, engine: Engine, perform: Perform, record: Record, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        perform: Perform,
+        record: Record,
+        monotonic: Callable[[], float],
+        flush: Callable[[], None] = nothing,
+    ) -> None:
+        """`flush` brings all records of a turn to where they are kept besides, before a step of that turn begins."""
         self._engine = engine
         self._perform = perform
         self._record = record
+        self._flush = flush
         self._now = monotonic
         #: None: an interrupt. A SimpleQueue may be put to from a signal's handler.
         self._results: queue.SimpleQueue[tuple[Step, Result | BaseException] | None] = queue.SimpleQueue()
@@ -92,6 +105,8 @@ class Execution:
     def _carry_out(self, ready: Ready) -> None:
         for event in ready.records:
             self._write(event)
+        if ready.records:
+            self._flush()
         for identity in ready.cancel:
             if identity in self._cancelled:
                 self._cancelled[identity].set()

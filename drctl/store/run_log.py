@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +60,11 @@ def read_run(path: Path) -> tuple[list[dict[str, Any]], Verification]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise NotFound("run", path.name.removesuffix(SUFFIX), known=list_runs(path.parent)) from None
+    return parse_run(data)
+
+
+def parse_run(data: bytes) -> tuple[list[dict[str, Any]], Verification]:
+    """The same of a log's bytes, wherever they are from."""
     events: list[dict[str, Any]] = []
     head, at = GENESIS, 0
     while (end := data.find(b"\n", at)) >= 0:
@@ -89,6 +94,19 @@ def _decode(line: bytes, number: int, head: str) -> dict[str, Any] | str:
 
 def _digest(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest()
+
+
+def head_at(data: bytes, lines: int) -> str:
+    """The hash of a log's line of that number; GENESIS for 0, "" when it has fewer lines."""
+    whole = data.split(b"\n")[:-1]
+    if not 0 <= lines <= len(whole):
+        return ""
+    return _digest(whole[lines - 1]) if lines else GENESIS
+
+
+def encode_event(whole: Mapping[str, Any]) -> bytes:
+    """The line of an event that has its number, time and predecessor."""
+    return json.dumps(whole, ensure_ascii=True, separators=(",", ":")).encode()
 
 
 class RunLog:
@@ -141,19 +159,36 @@ class RunLog:
         if self._failed:
             raise OutOfSpace(f"{self.path}: an earlier event could not be written", path=self.path)
         whole = {"n": self.count + 1, "time": time, "previous": self.head, **event}
-        line = json.dumps(whole, ensure_ascii=True, separators=(",", ":")).encode()
+        line = encode_event(whole)
         if len(line) > MAXIMUM_LINE:
             raise ValueError(f"an event of {len(line)} bytes")
+        self._write([line])
+        return whole
+
+    def extend(self, lines: Sequence[bytes]) -> None:
+        """Add lines that another log of the same run has, durably, all or (after a crash) the first of them.
+
+        Raises IntegrityError when one does not follow; nothing is written then."""
+        count, head = self.count, self.head
+        for line in lines:
+            wrong = _decode(line, count + 1, head)
+            if isinstance(wrong, str):
+                raise IntegrityError(f"{self.path}: line {count + 1} is not taken: {wrong}")
+            count, head = count + 1, _digest(line)
+        if lines:
+            self._write(lines)
+
+    def _write(self, lines: Sequence[bytes]) -> None:
         try:
             with atomic.space_errors(self.path):
-                self._size = atomic.write_at(self._file, [line, b"\n"], self._size)
+                buffers = [part for line in lines for part in (line, b"\n")]
+                self._size = atomic.write_at(self._file, buffers, self._size)
                 atomic.sync_data(self._file)
         except BaseException:
             self._failed = True
             raise
-        self.count += 1
-        self.head = _digest(line)
-        return whole
+        self.count += len(lines)
+        self.head = _digest(lines[-1])
 
     def close(self) -> None:
         os.close(self._file)

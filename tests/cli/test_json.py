@@ -72,6 +72,7 @@ STEP = {
 RUN = {
     "run": str, "plan": (str, NONE), "mode": (str, NONE), "state": str, "began": (*NUMBER, NONE), "ended": (*NUMBER, NONE),
     "operator": (str, NONE), "failed": (int, NONE), "file": str,
+    "kept": list,
 }  # fmt: skip
 LISTED = {"group": str, "machines": list, "source": (str, NONE), "recovery": (str, NONE), "state": str, "file": bool}
 
@@ -189,6 +190,11 @@ CONTRACT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
             "problem": str,
             "head": str,
             "torn_bytes": int,
+            "read_from": str,
+            "kept": list,
+            "differing": list,
+            "signatures": list,
+            "anchors": list,
         },
         "",
         {},
