@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: (name, arguments, arguments with --quick)
 BENCHMARKS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("startup", (), ("--rounds", "7")),
+    ("fleet", (), ("--rounds", "2")),
     ("tap", (), ("--rounds", "2", "--seconds", "1")),
     ("pipeline", (), ("--seconds", "10")),
     ("first_sync", (), ()),

@@ -273,7 +273,15 @@ class Appliance:
         del params, progress
         sources, recoveries = self._roles.names(SOURCE), self._roles.names(RECOVERY)
         found = [{"group": name, "role": SOURCE, **self._source.summary(name)} for name in sources]
-        return found + [self._store_summary(name) for name in recoveries]
+        found += [self._store_summary(name) for name in recoveries]
+        return [row | self._told_status(row["group"]) for row in found] if params.get("status") else found
+
+    def _told_status(self, name: str) -> dict[str, Any]:
+        """For a listing with statuses; one that can't be told is asked for by itself, and says why."""
+        try:
+            return {"status": self._group_status({"group": name}, lambda _: None)}
+        except DrctlError:
+            return {}
 
     def _states(self) -> States:
         sources, stores = self._source.names(), self._stores.names()

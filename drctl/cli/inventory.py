@@ -48,7 +48,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A group's role at one host, as the appliance there tells it. `state` is the phase or the store's mode."""
+    """A group's role at one host, as the appliance there tells it. `state` is the phase or the store's mode, `status`
+    its `group.status` where that was asked for and told."""
 
     group: str
     role: str
@@ -56,6 +57,7 @@ class Place:
     generation: int
     state: str
     spec: dict[str, Any]
+    status: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +106,25 @@ def in_parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> list
         return list(pool.map(function, items))
 
 
-def take_inventory(context: Context) -> Inventory:
-    """What every appliance says about every group."""
-    answers = ask_all(context, "group.list")
+def take_inventory(context: Context, *, status: bool = False) -> Inventory:
+    """What every appliance says about every group; with `status` how each group is, too, in the same answer: over SSH
+    a second question per group would cost a program's start at the other end each."""
+    answers = ask_all(context, "group.list", **({"status": True} if status else {}))
     places = [_place(answer.host, row) for answer in answers if not answer.failed for row in answer.result]
     return Inventory(tuple(places), tuple(answer for answer in answers if answer.failed))
 
 
 def _place(host: Host, row: dict[str, Any]) -> Place:
     state = row.get("phase") if row["role"] == "source" else row.get("mode")
-    return Place(row["group"], row["role"], host, int(row.get("generation") or 0), str(state), row.get("spec") or {})
+    return Place(
+        row["group"],
+        row["role"],
+        host,
+        int(row.get("generation") or 0),
+        str(state),
+        row.get("spec") or {},
+        row.get("status"),
+    )
 
 
 def side(context: Context, group: str, role: str, inventory: Inventory | None = None) -> Host:

@@ -54,7 +54,7 @@ def look(context: Context, group: str = "") -> tuple[list[dict[str, Any]], list[
     """The pictures of the groups (of one, when named), and what could not be asked, and why.
 
     Raises NotFound, or ApplianceUnreachable when the group may be known to an appliance that is silent."""
-    inventory = take_inventory(context)
+    inventory = take_inventory(context, status=not group)
     if group and group not in inventory.groups:
         if inventory.silent:
             reason = str(inventory.silent[0].error)
@@ -81,6 +81,8 @@ def draw(context: Context, inventory: Inventory, groups: Sequence[str]) -> tuple
 def _pairs(places: list[Place | None]) -> list[tuple[Place | None, Place | None]]:
     return list(zip(places[::2], places[1::2], strict=True))
 
+    if place and place.status:
+        return Answer(place.host, place.status)
 
 def _ask(context: Context, place: Place | None) -> Answer | None:
     return ask(context, place.host, "group.status", group=place.group, role=place.role) if place else None

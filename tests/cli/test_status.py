@@ -191,3 +191,23 @@ def test_many_groups_are_asked_at_once(world) -> None:
     begin = time.monotonic()
     assert len(world("status", "-o", "json").json["groups"]) == 31
     assert time.monotonic() - begin < 2.0  # 3.1 s one after the other
+
+
+def test_a_fleet_is_asked_once_per_appliance(world) -> None:
+    """Over SSH each question is the start of a program at the other end; what a listing tells is not asked again."""
+    world.applied("live")
+    plain = world("status", "--output", "json").json["groups"]
+    for fake in (world.alpha, world.beta):
+        fake.calls.clear()
+        rows = fake.call("group.list", {})
+        fake.replies["group.list"] = [row | {"status": fake.call("group.status", {"group": "web"})} for row in rows]
+        fake.calls.clear()
+    assert world("status", "--output", "json").json["groups"] == plain
+    assert [name for fake in (world.alpha, world.beta) for name, _ in fake.calls] == ["group.list", "group.list"]
+    assert world.alpha.called("group.list")[0]["status"] is True
+
+
+def test_one_group_costs_no_other_groups_status(world) -> None:
+    world.applied("live")
+    world("status", "web")
+    assert "status" not in world.alpha.called("group.list")[-1]
