@@ -122,7 +122,10 @@ def _retention(table: Table, defaults: Defaults) -> Retention:
         history=table.duration("history", base.history, minimum=60),
         ladder=_ladder(table, base.ladder),
         journal_limit=table.size("journal_limit", base.journal_limit, minimum=GiB // 4),
+        lock=table.duration("lock", base.lock),
     )
+    if retention.lock > retention.history:
+        raise table.error("lock", "is longer than the history", hint="history must be at least as long as its lock")
     table.finish()
     return retention
 
@@ -146,10 +149,7 @@ def _ladder(table: Table, default: tuple[Rung, ...]) -> tuple[Rung, ...]:
 
 
 def render_group(spec: GroupSpec) -> str:
-        lock=table.duration("lock", base.lock),
     """The TOML file of a new group: what the operator chose; the rest stays with the defaults."""
-    if retention.lock > retention.history:
-        raise table.error("lock", "is longer than the history", hint="history must be at least as long as its lock")
     import tomlkit
 
     document = tomlkit.document()
