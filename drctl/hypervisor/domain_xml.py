@@ -79,7 +79,27 @@ def _scout(definition: str) -> None:
 
 def disks(root: ET.Element) -> list[DiskFacts]:
     """The machine's virtual disks, in the definition's order. CD-ROM and floppy drives are no disks."""
-    return [_facts(disk) for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
+    threaded = _threaded_controllers(root)
+    found = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
+    return [_facts(disk, threaded) for disk in found]
+
+
+def _threaded_controllers(root: ET.Element) -> set[str]:
+    """The SCSI controllers that are served by an I/O thread, by their index: so are all their disks."""
+    return {
+        controller.get("index", "0")
+        for controller in root.iterfind("devices/controller")
+        if controller.get("type") == "scsi" and attribute(controller, "driver", "iothread")
+    }
+
+
+def _has_thread(disk: ET.Element, threaded: set[str]) -> bool:
+    """Whether an I/O thread serves it: its own, or its SCSI controller's. One without an address may be at any."""
+    if attribute(disk, "driver", "iothread") or disk.find("driver/iothreads") is not None:
+        return True
+    if attribute(disk, "target", "bus") != "scsi":
+        return False
+    return attribute(disk, "address", "controller") in threaded if disk.find("address") is not None else bool(threaded)
 
 
 def cards(root: ET.Element) -> tuple[tuple[str, str], ...]:
@@ -127,7 +147,7 @@ def source_text(disk: ET.Element) -> str:
     return ""
 
 
-def _facts(disk: ET.Element) -> DiskFacts:
+def _facts(disk: ET.Element, threaded: set[str]) -> DiskFacts:
     return DiskFacts(
         target=attribute(disk, "target", "dev"),
         bus=attribute(disk, "target", "bus"),
@@ -135,7 +155,7 @@ def _facts(disk: ET.Element) -> DiskFacts:
         format=attribute(disk, "driver", "type") or "raw",
         source=source_text(disk),
         alias=attribute(disk, "alias", "name"),
-        iothread=bool(attribute(disk, "driver", "iothread")) or disk.find("driver/iothreads") is not None,
+        iothread=_has_thread(disk, threaded),
         refusal=next(iter(_refusals(disk)), ""),
     )
 
