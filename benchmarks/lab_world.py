@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class World:
     directory: Path
     layout: Layout
     observer: Observer
-    relay: Relay
+    relay: Any
 
     def call(self, site: str, method: str, timeout: float = 120.0, **params: Any) -> Any:
         address = f"unix:{self.layout.site(site).control}"
@@ -67,8 +67,11 @@ class World:
 
 
 @contextmanager
-def world(guests: int = 2, rate: int = 50, latency: float = 0.0, **options: Any) -> Iterator[World]:
-    """A lab in a directory of its own, gone at the end. `latency`: one way, in seconds."""
+def world(
+    guests: int = 2, rate: int = 50, latency: float = 0.0, link: Callable[[int], Any] | None = None, **options: Any
+) -> Iterator[World]:
+    """A lab in a directory of its own, gone at the end. `latency`: one way, in seconds. `link`: makes what stands in
+    the link, to that port, in the relay's place."""
     directory = Path(tempfile.mkdtemp(prefix="drctl-bench-", dir="/var/tmp"))
     directory.rmdir()
     relay = None
@@ -77,7 +80,7 @@ def world(guests: int = 2, rate: int = 50, latency: float = 0.0, **options: Any)
         state = layout.load(directory)
         assert state is not None
         places = Layout(directory, Path(state.run))
-        relay = Relay(state.links["beta"], latency)
+        relay = link(state.links["beta"]) if link is not None else Relay(state.links["beta"], latency)
         toml = places.site("alpha").home / "appliance.toml"
         toml.write_text(toml.read_text().replace(f"127.0.0.1:{state.links['beta']}", f"127.0.0.1:{relay.port}"))
         supervisor = state.process("alpha/appliance")
