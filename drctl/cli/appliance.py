@@ -16,6 +16,7 @@ from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.inventory import ask_all
 from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
+from drctl.cli.retention import demand_unlocked
 from drctl.errors import DrctlError, NotFound, PreconditionFailed, Refused
 from drctl.model.extent import format_bytes
 from drctl.model.site import Host, HostKind
@@ -150,7 +151,7 @@ def uninstall(
     """Remove an appliance and everything of it from a host.
 
     Refused while it protects a group, while tests or failovers are there, and while it keeps checkpoints
-    (--delete-history)."""
+    (--delete-history); such as are under a retention lock stay until its date."""
     from drctl.appliance.install import campaign, preflight
     from drctl.appliance.install.removal import demand_empty
 
@@ -160,6 +161,8 @@ def uninstall(
     preflight.demand(campaign.survey([target], None))
     held = campaign.held_by(target)
     demand_empty(host, held, delete_history=delete_history)
+    for name in held.locked:
+        demand_unlocked(context, target.host, name, 0.0, must=True)
     steps = [f"remove drctl from {host}: service, user, program, {campaign.HOME}"]
     steps += [f"delete the checkpoints of {name}" for name in held.stores]
     if not propose(context.screen, steps, dry_run=dry_run, yes=True):

@@ -11,11 +11,19 @@ from drctl.errors import RetentionLocked
 from drctl.model.site import Host
 
 
-def demand_unlocked(context: Context, recovery: Host, group: str, seconds: float) -> None:
+def demand_unlocked(context: Context, recovery: Host, group: str, seconds: float, *, must: bool = False) -> None:
     """Raises RetentionLocked when the group's history there may not be deleted so many seconds from now.
 
-    A site that does not answer is asked again by the command itself, and refuses itself."""
+    A site that does not answer is asked again by the command itself, and refuses itself; else, with `must`, its silence
+    is a refusal: the group is known to have a lock, and only its appliance can tell until when."""
     answer = ask(context, recovery, "group.status", group=group, role="recovery")
+    if must and answer.error is not None:
+        raise RetentionLocked(
+            f"the history of {group} at {recovery.site}/{recovery.name} is under a retention lock, and its appliance "
+            f"does not say until when: {answer.error}",
+            hint="let the appliance run, then give the command again",
+            group=group,
+        )
     told: dict[str, Any] = answer.result if isinstance(answer.result, dict) else {}
     lock = told.get("lock") or {}
     wall_ns = told.get("wall_ns")

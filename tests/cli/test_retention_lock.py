@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from drctl.cli.retention import demand_unlocked
 from drctl.errors import RetentionLocked
 from tests.cli.appliance import NOW
 from tests.cli.conftest import WEB
@@ -70,3 +71,14 @@ def test_status_tells_it(locked) -> None:
     assert "retention lock" in locked("status", "web").out
     assert "30d; what there is now until 2027-01-25T" in locked("status", "web").out
     assert locked("status", "--output", "json").json["groups"][0]["lock"]["seconds"] == 30 * DAY
+
+
+def test_an_appliance_that_keeps_silent_about_a_lock_is_not_taken_away(locked) -> None:
+    """What `appliance uninstall --delete-history` asks of a store whose group.json has a lock."""
+    host = locked.context().config.host("b1")
+    with pytest.raises(RetentionLocked, match="locked until 2027-01-25T"):
+        demand_unlocked(locked.context(), host, "web", 0.0, must=True)
+    demand_unlocked(locked.context(), host, "web", 11 * DAY, must=True)
+    locked.beta.down = True
+    with pytest.raises(RetentionLocked, match="does not say until when"):
+        demand_unlocked(locked.context(), host, "web", 0.0, must=True)

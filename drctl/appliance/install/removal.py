@@ -19,11 +19,13 @@ _END_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What would be lost with the appliance: groups that it protects, stores with history, recoveries."""
+    """What would be lost with the appliance: groups that it protects, stores with history (those of them that are under
+    a retention lock), recoveries."""
 
     protected: tuple[str, ...]
     stores: tuple[str, ...]
     recoveries: tuple[str, ...]
+    locked: tuple[str, ...] = ()
 
 
 def holdings(remote: Remote, place: Place) -> Holdings:
@@ -40,7 +42,16 @@ def holdings(remote: Remote, place: Place) -> Holdings:
         for name in remote.ask("names", path=f"{place.home}/recoveries")
         if name.endswith(".json") and not name.startswith(".")
     ]
-    return Holdings(tuple(protected), tuple(stores), tuple(recoveries))
+    locked = [name for name in stores if _lock(remote.ask("read", path=f"{place.home}/store/{name}/group.json"))]
+    return Holdings(tuple(protected), tuple(stores), tuple(recoveries), tuple(locked))
+
+
+def _lock(info: str | None) -> bool:
+    """Whether a store's group.json tells of a retention lock."""
+    try:
+        return bool((json.loads(info or "{}").get("retention") or {}).get("lock"))
+    except (ValueError, AttributeError):
+        return False  # no store that could be read: nobody could recover from it either
 
 
 def demand_empty(host: str, held: Holdings, *, delete_history: bool) -> None:

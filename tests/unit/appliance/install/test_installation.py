@@ -183,6 +183,10 @@ def test_uninstall_is_refused_while_something_would_be_lost(world: World) -> Non
     (home / "store/shop").mkdir(parents=True)
     held = holdings(world.host, PLACE)
     assert held == Holdings(("web",), ("shop",), ())
+    (home / "store/shop/group.json").write_text('{"retention": {"history": 604800, "lock": 86400}}')
+    assert holdings(world.host, PLACE).locked == ("shop",)
+    (home / "store/shop/group.json").write_text('{"retention": {"history": 604800}}')
+    assert holdings(world.host, PLACE).locked == ()
     with pytest.raises(Refused, match="a1 protects web"):
         demand_empty("a1", held, delete_history=True)
     with pytest.raises(Refused, match="keeps the history of shop"):
