@@ -168,6 +168,7 @@ class Appliance:
             "group.remove": self._group_remove,
             "group.list": self._group_list,
             "group.status": self._group_status,
+            **self._recovery.fit.handlers(source.describe),
             **self._evacuations.handlers(),
             "replicate.start": self._evacuations.guarded(source.replicate_start),
             "replicate.pause": source.replicate_pause,
@@ -212,7 +213,8 @@ class Appliance:
         }
 
     def _info(self) -> dict[str, Any]:
-        return appliance_info(self._home, self._host) | {"evacuation": self._evacuations.told()}
+        facts = appliance_info(self._home, self._host) | {"evacuation": self._evacuations.told()}
+        return facts | {"findings": [*facts["findings"], *self._recovery.fit.findings()]}
 
     def _in_the_way(self) -> list[str]:
         """What forbids an evacuation of this host."""
@@ -270,7 +272,7 @@ class Appliance:
         return here.replicate_stop(params, progress)
 
     def _group_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
-        del params, progress
+        del progress
         sources, recoveries = self._roles.names(SOURCE), self._roles.names(RECOVERY)
         found = [{"group": name, "role": SOURCE, **self._source.summary(name)} for name in sources]
         found += [self._store_summary(name) for name in recoveries]

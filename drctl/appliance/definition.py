@@ -1,10 +1,12 @@
-"""What travels besides disks: the definitions of a group's machines, as a file for the shipper."""
+"""What travels besides disks: the definitions of a group's machines and their files, as a file for the shipper."""
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,8 @@ import msgspec
 
 from drctl.appliance.config import Home
 from drctl.appliance.group_state import GroupState
+from drctl.appliance.guest_files import MachineFiles
+from drctl.appliance.guest_reader import GuestReader
 
 #: Definitions are compared this often; an operator's `virsh edit` is in the next checkpoint but one at most.
 REFRESH_SECONDS = 5.0
@@ -22,41 +26,69 @@ class Definer(Protocol):
 
 
 class DefinitionFile:
-    """`home/groups/NAME.definition`: the DEFINITION frame's fields; `version` rises whenever anything in it changes."""
+    """`home/groups/NAME.definition`: the DEFINITION frame's fields; `version` rises whenever anything in it changes.
 
-    def __init__(self, home: Home, group: str, host: Definer) -> None:
+    `reader` reads what machines are besides disks; without one nothing of that travels. Methods may be called from any
+    thread."""
+
+    def __init__(self, home: Home, group: str, host: Definer, reader: GuestReader | None = None) -> None:
         self.path: Path = home.groups / f"{group}.definition"
         self._home = home
         self._host = host
+        self._reader = reader
         self._checked = float("-inf")
+        #: What the file has, once we have read or written it, and the stamp by which that is known.
+        self._written: tuple[tuple[int, int], dict[str, Any]] | None = None
+        self._lock = threading.Lock()
 
     def refresh(self, state: GroupState, *, force: bool = False) -> bool:
-        """Write the file when it is due and something has changed; True when it was written."""
+        """Write the file when it is due and something has changed; True when it was written.
+
+        Raises HostUnreachable, NotFound."""
         now = time.monotonic()
-        if not force and now - self._checked < REFRESH_SECONDS and self.path.exists():
-            return False
-        self._checked = now
-        fields = self._fields(state)
-        old = self._load()
-        version = int(old.pop("version", 0))
-        if old == fields:
-            return False
+        with self._lock:
+            if not force and now - self._checked < REFRESH_SECONDS and self.path.exists():
+                return False
+            self._checked = now
+            fields = self._fields(state, force)
+            old = dict(self._load())
+            version = int(old.pop("version", 0))
+            if old == fields:
+                return False
+            self._write({"version": version + 1, **fields})
+            return True
+
+    def _write(self, fields: dict[str, Any]) -> None:
         temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps({"version": version + 1, **fields}))
+        temporary.unlink(missing_ok=True)
+        # A TPM's state is in it: for nobody else's eyes, whatever the umask says.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(fields, file)
         temporary.replace(self.path)
-        return True
+        self._written = (self._stamp(), fields)
+
+    def _stamp(self) -> tuple[int, int]:
+        status = self.path.stat()
+        return status.st_ino, status.st_mtime_ns
 
     def _load(self) -> dict[str, Any]:
         try:
+            stamp = self._stamp()
+            if self._written is not None and self._written[0] == stamp:
+                return self._written[1]
             loaded = json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):
             return {}
-        return loaded if isinstance(loaded, dict) else {}
+        if not isinstance(loaded, dict):
+            return {}
+        self._written = (stamp, loaded)
+        return loaded
 
-    def _fields(self, state: GroupState) -> dict[str, Any]:
+    def _fields(self, state: GroupState, force: bool) -> dict[str, Any]:
         return {
             "spec": msgspec.to_builtins(state.spec),
-            "machines": machines_of(self._host, state.spec.machines),
+            "machines": machines_of(self._host, state.spec.machines, self._reader, force=force),
             "disks": [
                 {"number": disk.number, "machine": disk.machine, "target": disk.target, "size": disk.size}
                 for disk in state.disks
@@ -66,13 +98,17 @@ class DefinitionFile:
         }
 
 
-def machines_of(host: Definer, names: Iterable[str]) -> list[dict[str, Any]]:
+def machines_of(
+    host: Definer, names: Iterable[str], reader: GuestReader | None = None, *, force: bool = False
+) -> list[dict[str, Any]]:
     """A DEFINITION's machines. Raises NotFound, HostUnreachable."""
-    machines = []
-    for name in names:
-        definition = host.definition(name)
-        machines.append({"name": name, "uuid": _uuid(definition), "definition": definition, "files": {}})
-    return machines
+    definitions = {name: host.definition(name) for name in names}
+    read: Mapping[str, MachineFiles] = reader.machines(definitions, force=force) if reader is not None else {}
+    files = {name: one.as_dict() for name, one in read.items()}
+    return [
+        {"name": name, "uuid": _uuid(definition), "definition": definition, "files": files.get(name, {})}
+        for name, definition in definitions.items()
+    ]
 
 
 def _uuid(definition: str) -> str:

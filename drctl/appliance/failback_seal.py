@@ -7,7 +7,6 @@ and at last the generation is raised, which lets the other site's stream in."""
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
@@ -23,11 +22,13 @@ from drctl.appliance.failback_record import (
     LeftOut,
     OldDisk,
 )
+from drctl.appliance.guest_files import NVRAM_LIMIT
+from drctl.appliance.guest_reader import GuestHost
 from drctl.appliance.held_store import HeldStores
 from drctl.appliance.seed_files import SeedFile, Seeding, Way, demand_room, look, same_size, way_of
 from drctl.appliance.seed_service import based, pristine
 from drctl.errors import DrctlError, NotFound
-from drctl.hypervisor import domain_xml
+from drctl.hypervisor import domain_xml, guest_state
 from drctl.model.group import GroupDisk, Retention
 from drctl.model.machine import Machine
 from drctl.replication.disk_connection import Export
@@ -45,10 +46,8 @@ COMPARE = "compare"
 Progress = Callable[[dict[str, Any]], None]
 
 
-class OldHost(Protocol):
+class OldHost(GuestHost, Protocol):
     def machine(self, name: str) -> Machine: ...
-
-    def definition(self, name: str) -> str: ...
 
     def undefine(self, name: str) -> None: ...
 
@@ -225,10 +224,11 @@ class Sealing:
             return
         kept = self._files.kept(self.record.group, f"{name}.xml")
         kept.write_text(definition)
-        nvram = (domain_xml.parse(definition).findtext("os/nvram") or "").strip()
-        if nvram:
-            with suppress(OSError):
-                shutil.copyfile(nvram, self._files.kept(self.record.group, f"{name}.nvram"))
+        nvram = guest_state.variables(domain_xml.parse(definition))
+        if nvram is not None and nvram.path:
+            with suppress(DrctlError):  # it is in the sealed checkpoint as well
+                variables = self._host.files().read(Path(nvram.path), NVRAM_LIMIT)
+                self._files.kept(self.record.group, f"{name}.nvram").write_bytes(variables)
         self._host.undefine(name)
         self._tell("machine", machine=name, state="kept aside")
 

@@ -23,6 +23,7 @@ from drctl.appliance.failback_ports import Deps
 from drctl.appliance.failback_record import Failback, FailbackFiles, FailbackPhase
 from drctl.appliance.failback_seal import Finding, Sealing, let_go
 from drctl.appliance.group_state import GroupState
+from drctl.appliance.guest_reader import GuestReader
 from drctl.appliance.handover_record import HandoverFiles
 from drctl.appliance.image_stamp import RUNNING
 from drctl.appliance.recovery_images import free_at
@@ -185,7 +186,7 @@ class FailbackService:
         return {
             "version": self._definition_version(name),
             "spec": dict(params["spec"]),
-            "machines": machines_of(self._deps.host, finding.machines),
+            "machines": machines_of(self._deps.host, finding.machines, GuestReader(self._deps.host)),
             "disks": [asdict(disk) for disk in disks if disk.name in sealed],
             "source_site": self._home.config.site,
             "source_host": self._home.config.host,

@@ -77,6 +77,9 @@ class ProtectedGroup:
         return reasons
 
     def drain(self, timeout_seconds: float) -> FinalMark:
+        # A guest's last words to its firmware and its TPM belong to its last checkpoint.
+        if self._protection.definition.refresh(self._protection.state, force=True):
+            self._protection.shipper.call("definition")
         order = {"tags": [], "timeout": timeout_seconds}
         told = self._protection.shipper.call("drain", order, timeout_seconds=timeout_seconds + 5)
         return FinalMark(int(told["number"]), float(told["time"]), int(told["sequence"]), self._protection.state.epoch)

@@ -24,6 +24,7 @@ from drctl.appliance.config import Home
 from drctl.appliance.definition import DefinitionFile
 from drctl.appliance.disk_changes import taken_up
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
+from drctl.appliance.guest_reader import GuestReader
 from drctl.appliance.image_stamp import Stamp, stamps_of_images
 from drctl.appliance.passes import Passes, Wanted, pass_wanted
 from drctl.appliance.process import Processes
@@ -98,7 +99,7 @@ class Protection:
         look, recording = partial(self._look_at_machines, anew=True), self._passes.tracking.recording
         self._attaching = Attaching(place, look, self._end_pass, recording)
         self.survey = SurveyOrder()
-        self._definition = DefinitionFile(home, group, host)
+        self.definition = DefinitionFile(home, group, host, GuestReader(host))
         self._seen = _Seen()
         #: Disks that were added or taken out are to be taken up.
         self._take_up = False
@@ -221,7 +222,7 @@ class Protection:
         if not self.worker.adopt_ring(self._state):
             self._begin_epoch()
         amended = self._amend()
-        if self._definition.refresh(self._state, force=amended):
+        if self.definition.refresh(self._state, force=amended):
             self.shipper.new_definition()
         if self.worker.ensure_tap():
             self._say("the tap was started")

@@ -9,6 +9,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from drctl.appliance.fit_service import FitService
 from drctl.appliance.recovery_end import take_down
 from drctl.appliance.recovery_forecast import scratch_limit
 from drctl.appliance.recovery_guard import Background
@@ -33,8 +34,9 @@ log = logging.getLogger(__name__)
 class Recovery:
     """The recoveries of one appliance. Methods may be called from any thread; `supervise` from one.
 
-    `reigns` has the methods of failover, switchover, commit and rollback, `guests` those that ask machines. `boot`
-    identifies the host's boot (/proc/sys/kernel/random/boot_id)."""
+    `reigns` has the methods of failover, switchover, commit and rollback, `guests` those that ask machines,
+    `fit` those that tell what would come of machines here. `boot` identifies the host's boot
+    (/proc/sys/kernel/random/boot_id)."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Recovery:
         self._files = files
         self._works = Works(tools, files, boot, background=background, parallel=parallel)
         self.reigns = Reigns(self._works)
+        self.fit = FitService(tools)
         self.guests = RecoveredGuests(tools.hypervisor, files)
         self._swept = tools.clock.monotonic()
 

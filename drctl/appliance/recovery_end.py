@@ -22,6 +22,8 @@ def take_down(tools: Tools, steps: Steps) -> None:
     failures = [failure for machine in recovery.machines if (failure := stop_machine(tools, machine))]
     if failures:
         raise StepFailed(f"{recovery.id} can't be taken down: {'; '.join(failures)}", hint="stop it by hand and retry")
+    for machine in recovery.machines:
+        tools.definitions.clear(machine)
     tools.views.end(recovery)
     tools.stores.unpin(recovery.group, recovery.id)
     for _, disk in recovery.disks():

@@ -18,6 +18,8 @@ from drctl.model.extent import GiB, MiB, format_bytes
 DEFAULT_SCRATCH = 16 * GiB
 #: With less than this a guest doesn't even boot through.
 SMALLEST_SCRATCH = 256 * MiB
+#: Beginnings of notes of a rewritten definition that a person should know of before the worst hour.
+_WEIGHTY = ("machine type:", "cpu: this host can't", "nvram:", "firmware: nothing", "tpm:")
 
 
 def scratch_limit(tools: Tools, wanted: int) -> int:
@@ -43,7 +45,7 @@ def forecast(tools: Tools, record: RecoveryRecord, chosen: Checkpoint, source: R
     age = max(0.0, tools.clock.time() - chosen.time)
     held = tools.stores.allocated(record.group, chosen.number)
     memory = {machine.name: _memory(machine.definition) for machine in source.machines}
-    findings = [*_space(tools, record, sum(held.values())), *_machines(tools, record, source)]
+    findings = [*_space(tools, record, sum(held.values())), *examine(tools, record, source)]
     if age > 2 * source.spec.checkpoint_interval:
         findings.append(
             _finding(
@@ -112,8 +114,8 @@ def _space(tools: Tools, record: RecoveryRecord, held: int) -> list[dict[str, st
     ]
 
 
-def _machines(tools: Tools, record: RecoveryRecord, source: Recoverable) -> list[dict[str, str]]:
-    """Names and identities that the host has already, and what each definition loses on its way."""
+def examine(tools: Tools, record: RecoveryRecord, source: Recoverable) -> list[dict[str, str]]:
+    """Names and identities that the host has already, and what each definition loses or lacks here."""
     findings = []
     identities = {machine.uuid: machine.name for machine in tools.hypervisor.machines()}
     for machine in record.machines:
@@ -125,9 +127,14 @@ def _machines(tools: Tools, record: RecoveryRecord, source: Recoverable) -> list
             findings.append(_finding("error", machine.name, message, "remove it, or this one will fail"))
         try:
             rewritten = tools.definitions.rewrite(record, machine, source)
-            findings += [_finding("info", machine.name, note) for note in rewritten.notes]
+            findings += [_finding(_weight(note), machine.name, note) for note in rewritten.notes]
             lacking = tools.definitions.unmet(rewritten.definition, tools.hypervisor.capabilities())
             findings += [_finding("error", machine.name, each) for each in lacking]
         except DrctlError as exc:
             findings.append(_finding("error", machine.name, exc.message, exc.hint))
     return findings
+
+
+def _weight(note: str) -> str:
+    """A machine that is another machine for its guest is worth a warning."""
+    return "warning" if note.startswith(_WEIGHTY) else "info"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from drctl.appliance.recovery import Recovery
-from drctl.appliance.recovery_definitions import LibvirtDefinitions
+from drctl.appliance.recovery_definitions import FittingHost, LibvirtDefinitions
 from drctl.appliance.recovery_images import QemuImages
 from drctl.appliance.recovery_ports import Room, Tools
 from drctl.appliance.recovery_sources import ReceiverSources
@@ -33,8 +33,8 @@ class SystemClock:
         return time.monotonic()
 
 
-class RecoveryHost(Hypervisor, Protocol):
-    """A hypervisor whose networks can be told addresses."""
+class RecoveryHost(Hypervisor, FittingHost, Protocol):
+    """A hypervisor whose networks can be told addresses, and whose files can be had."""
 
     @property
     def addresses(self) -> AddressBook: ...
@@ -44,13 +44,14 @@ def open_recovery(home: Path, run: Path, host: RecoveryHost, spawner: Spawner) -
     """The recoveries of the appliance with these directories. Call `resume` on it, then `supervise` each 250 ms."""
     stores = home / "store"
     views = ViewProcesses(run, stores, spawner)
+    images = QemuImages()
     tools = Tools(
         hypervisor=host,
         stores=GroupStores(stores),
-        images=QemuImages(),
+        images=images,
         views=views,
         sources=ReceiverSources(run / "receiver.sock"),
-        definitions=LibvirtDefinitions(views),
+        definitions=LibvirtDefinitions(views, host, images),
         addresses=host.addresses,
         clock=SystemClock(),
         room=Room(home / "scratch", home / "images", SCRATCH_RESERVE),

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drctl.appliance.recovery_ports import Heard, Recoverable, RecoverableMachine, Rewritten, Room, Tools
-from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
+from drctl.appliance.recovery_memory_parts import MemoryClock, MemoryDefinitions, MemorySources
+from drctl.appliance.recovery_ports import Recoverable, RecoverableMachine, Room, Tools
+from drctl.appliance.recovery_state import RecoveryRecord
 from drctl.errors import HypervisorRefused, NotFound, StepFailed
 from drctl.model.checkpoint import Checkpoint, CheckpointKind, resolve
 from drctl.model.extent import GiB, MiB
@@ -51,22 +52,6 @@ class Domain:
     persistent: bool
     state: MachineState = MachineState.SHUT_OFF
     by_error: bool = False
-
-
-class MemoryClock:
-    """Time passes only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class MemoryHypervisor:
@@ -239,6 +224,9 @@ class MemoryStores:
         ]
         return Recoverable(GroupSpec(group, "alpha", "beta", ("db", "web")), tuple(machines), "alpha", "a1")
 
+    def newest(self, group: str) -> Recoverable | None:
+        return self.recoverable(group, self.listed[0].number)
+
     def generation(self, group: str) -> int:
         try:
             return self.reign_of[group]
@@ -265,17 +253,6 @@ class MemoryStores:
 
     def allocated(self, group: str, checkpoint: int) -> Mapping[str, int]:
         return {"db.vda": MiB // 2, "db.vdb": 0, "web.vda": MiB // 4}
-
-
-class MemorySources:
-    """What the link would tell of the source: silent unless told otherwise."""
-
-    def __init__(self) -> None:
-        self.told: Heard | None = Heard(connected=False)
-
-    def heard(self, group: str) -> Heard | None:
-        del group
-        return self.told
 
 
 class MemoryImages:
@@ -351,21 +328,6 @@ class MemoryViews:
 
     def close(self) -> None:
         pass
-
-
-class MemoryDefinitions:
-    """Definitions as MemoryHypervisor reads them."""
-
-    def rewrite(self, recovery: RecoveryRecord, machine: RecoveredMachine, source: Recoverable) -> Rewritten:
-        disks = "".join(f"{disk.overlay}<view>;" for disk in machine.disks)
-        definition = f"name={machine.recovery_name};uuid={machine.uuid};{disks}"
-        return Rewritten(definition, ("cdrom dropped",), ((f"52:54:00:00:00:{len(machine.disks):02x}", "lan"),))
-
-    def settled(self, definition: str) -> str:
-        return definition.replace("<view>", "")
-
-    def unmet(self, definition: str, capabilities: str) -> tuple[str, ...]:
-        return ()
 
 
 class MemoryAddresses:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from drctl.appliance.guest_files import MachineFiles, Packed, Tpm
 from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
 from drctl.model.checkpoint import Checkpoint
 from drctl.model.group import GroupDisk, GroupSpec
@@ -23,6 +24,7 @@ class RecoverableMachine:
     uuid: str
     definition: str
     disks: tuple[GroupDisk, ...]
+    files: MachineFiles = field(default_factory=MachineFiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,15 @@ class Recoverable:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What has to lie here before the machine starts: files by path, and the state of its emulated TPM."""
+
+    files: tuple[tuple[Path, Packed], ...] = ()
+    tpm: Tpm | None = None
+    tpm_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Rewritten:
     """A definition fit for this host, and what had to be dropped or changed for that, in words."""
 
@@ -43,6 +54,7 @@ class Rewritten:
     notes: tuple[str, ...] = ()
     #: (MAC address, libvirt's network or ""), card by card
     cards: tuple[tuple[str, str], ...] = ()
+    beside: Beside = Beside()
 
 
 class Stores(Protocol):
@@ -55,6 +67,10 @@ class Stores(Protocol):
         ...
 
     def recoverable(self, group: str, checkpoint: int) -> Recoverable: ...
+
+    def newest(self, group: str) -> Recoverable | None:
+        """By the newest definition, in a checkpoint or not; None before one has arrived."""
+        ...
 
     def generation(self, group: str) -> int: ...
 
@@ -149,6 +165,16 @@ class Definitions(Protocol):
 
     def rewrite(self, recovery: RecoveryRecord, machine: RecoveredMachine, source: Recoverable) -> Rewritten:
         """The source's definition turned into one whose disks are overlays on the view."""
+        ...
+
+    def lay(self, machine: RecoveredMachine, beside: Beside) -> list[str]:
+        """Put down what is not there yet, before the host knows the machine; what was put, as `laid` notes it.
+
+        Raises OutOfSpace, HypervisorRefused, IntegrityError."""
+        ...
+
+    def clear(self, machine: RecoveredMachine) -> None:
+        """Remove what was laid where the machine's files are not. Nothing happens when it is gone."""
         ...
 
     def settled(self, definition: str) -> str:

@@ -76,5 +76,7 @@ def remove_kept(tools: Tools, record: RecoveryRecord) -> None:
     """The overlays that a rollback kept, when their time is over."""
     for _, disk in record.disks():
         tools.images.remove(Path(disk.overlay))
+    for path in (path for machine in record.machines for path in machine.laid if path.startswith("/")):
+        tools.images.remove(Path(path))
     for seed in filter(None, (seed_path(record, machine) for machine in record.machines)):
         tools.images.remove(Path(seed))

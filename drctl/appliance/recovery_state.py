@@ -108,6 +108,8 @@ class RecoveredMachine:
     notes: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     stalls: int = 0
+    #: Files that were laid beside its overlays, and `tpm` for the state of its TPM: not a second time.
+    laid: list[str] = field(default_factory=list)
     cards: list[RecoveredCard] = field(default_factory=list)
 
 

@@ -173,6 +173,9 @@ class Steps:
             raise StepFailed(f"the host has a machine named {machine.recovery_name} already, with disks of its own")
         rewritten = self._tools.definitions.rewrite(self.recovery, machine, source)
         machine.notes = list(rewritten.notes)
+        if known is None and (laid := self._tools.definitions.lay(machine, rewritten.beside)):
+            machine.laid += laid
+            self.save()
         self._address(machine, rewritten)
         return rewritten.definition, known is True
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from drctl.appliance.guest_files import files_from
 from drctl.appliance.recovery_ports import Recoverable, RecoverableMachine
 from drctl.errors import IntegrityError, NotFound, PreconditionFailed
 from drctl.model.checkpoint import Checkpoint
@@ -43,6 +44,11 @@ class GroupStores:
                 hint="its disks can be exported: drctl checkpoint export",
             )
         return recoverable_from(definition)
+
+    def newest(self, group: str) -> Recoverable | None:
+        with self.open(group) as store:
+            definition = store.definition()
+        return recoverable_from(definition) if definition is not None else None
 
     def generation(self, group: str) -> int:
         with self.open(group) as store:
@@ -108,4 +114,5 @@ def recoverable_from(definition: Mapping[str, Any]) -> Recoverable:
 def _machine(fields: Mapping[str, Any], disks: Sequence[GroupDisk]) -> RecoverableMachine:
     name = str(fields["name"])
     own = tuple(disk for disk in disks if disk.machine == name)
-    return RecoverableMachine(name, str(fields["uuid"]), str(fields["definition"]), own)
+    files = files_from(fields.get("files"))
+    return RecoverableMachine(name, str(fields["uuid"]), str(fields["definition"]), own, files)

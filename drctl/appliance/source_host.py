@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from drctl.appliance.guest_reader import GuestHost
 from drctl.model.machine import Machine, MachineState
 
 
-class SourceHost(Protocol):
+class SourceHost(GuestHost, Protocol):
     """What protection needs of a hypervisor (LibvirtHypervisor has it)."""
 
     def machine(self, name: str) -> Machine: ...
@@ -17,8 +18,6 @@ class SourceHost(Protocol):
     def moved_away(self, name: str) -> bool: ...
 
     def ended_in_order(self, name: str) -> bool: ...
-
-    def definition(self, name: str) -> str: ...
 
     def monitor(self, name: str, sent: dict[str, Any]) -> Any: ...
 

@@ -15,6 +15,7 @@ from drctl.appliance.change_tracking import ChangeTracking
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
 from drctl.appliance.evacuation_record import EvacuationFile
+from drctl.appliance.fit_service import describe
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.guest_notes import wanted
 from drctl.appliance.image_stamp import RUNNING
@@ -191,6 +192,13 @@ class SourceService:
     def summary(self, name: str) -> dict[str, Any]:
         state = self._protection({"group": name}).state
         return {"phase": state.phase.value, "generation": state.generation, "spec": asdict(state.spec)}
+
+    def describe(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """{group} → the group's machines as they would travel, without contents (fit_service)."""
+        del progress
+        return describe(self._host, self._protection(params).state.spec)
+
+    # -- replicate --------------------------------------------------------------------------------------------------
 
     def replicate_start(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Protect the group, with the disks that its machines have now; returns once every running one is attached."""

@@ -10,12 +10,13 @@ import typer
 from drctl.cli import render, seeds
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
+from drctl.cli.fitting import fitting
 from drctl.cli.inventory import Inventory, side, take_inventory
 from drctl.cli.leased import leased
 from drctl.cli.options import DryRun, GroupName, Timeout, Yes, begin, examples, noun, seconds
 from drctl.cli.protection import describe
-from drctl.cli.status import draw, look
 from drctl.cli.retention import demand_unlocked
+from drctl.cli.status import draw, look
 from drctl.errors import DrctlError, Refused, StepFailed, WrongPhase
 from drctl.model.site import Host
 
@@ -53,8 +54,10 @@ def start(
 ) -> int:
     """Attach to the disks of a group and copy them to the recovery site.
 
-    The guests run on. Nothing can be recovered until the first sync is done; from then on checkpoints follow at the
-    group's interval. A group that is live already stays so. Exits with 3 when the time is over and the sync is not.
+    The guests run on. What the recovery site's host lacks of what the machines need, and what they would find changed
+    there, is told before it is asked. Nothing can be recovered until the first sync is done; from then on checkpoints
+    follow at the group's interval. A group that is live already stays so. Exits with 3 when the time is over and the
+    sync is not.
 
     With --seed, files at the recovery site that hold the disks as they once were are taken as the beginning of the
     replica: a copy that came by courier, a backup, a golden image. They are compared by signatures, and only what
@@ -68,6 +71,8 @@ def start(
     sown = seeds.plan(context, inventory, group, seed, move=move_seeds) if seed else None
     steps = [f"replicate {group} from {host.site}/{host.name} to {_target(picture)}", *_disks(picture, inventory)]
     steps = [*(sown.steps() if sown else ()), *steps]
+    for line in fitting(context, group, host, inventory):
+        context.screen.say(line)
     if not propose(context.screen, steps, dry_run=dry_run, yes=yes, question=f"Start replication of {group}?"):
         return 0
     with leased(context, group, "replicate start", inventory):
@@ -132,16 +137,17 @@ def stop(
 ) -> int:
     """End the replication of a group; replica and checkpoints are kept for a while, 7 days by default.
 
+    Refused when the group's retention lock lasts longer than that.
     Exits with 3 when the recovery site could not be told: it keeps them then."""
     context = begin(ctx)
     inventory = take_inventory(context)
     source, recovery = side(context, group, "source", inventory), side(context, group, "recovery", inventory)
     stopped = inventory.find(group, "source")
-    Refused when the group's retention lock lasts longer than that.
     if stopped is not None and stopped.state == "unprotected" and keep_replica is None:
         context.screen.line(f"{group} is not replicated already; change how long its replica is kept: --keep-replica")
         return 0
     kept = KEEP_REPLICA if keep_replica is None else keep_replica
+    demand_unlocked(context, recovery, group, kept)
     steps = [
         f"detach from all disks of {group} at {source.site}/{source.name}",
         f"delete its replica and checkpoints at {recovery.site}/{recovery.name} after {render.duration(kept)}",

@@ -108,6 +108,14 @@ def cards(root: ET.Element) -> tuple[tuple[str, str], ...]:
     return tuple((attribute(one, "mac", "address").lower(), attribute(one, "source", "network")) for one in found)
 
 
+def without_passwords(definition: str) -> str:
+    """The definition without what libvirt calls secure information: passwords of displays."""
+    root = parse(definition)
+    for graphics in root.iterfind("devices/graphics"):
+        graphics.attrib.pop("passwd", None)
+    return ET.tostring(root, encoding="unicode")
+
+
 def memory_bytes(root: ET.Element) -> int:
     """The machine's memory."""
     memory = root.find("memory")

@@ -14,11 +14,13 @@ import libvirt
 import libvirt_qemu
 
 from drctl.errors import HypervisorRefused, NotFound, SetupFailed
-from drctl.hypervisor import domain_xml
+from drctl.hypervisor import domain_xml, libvirt_host
 from drctl.hypervisor.block_graph import MirrorName, MirrorState, source_node
 from drctl.hypervisor.domain_xml import DiskFacts
 from drctl.hypervisor.libvirt_connection import Connection
+from drctl.hypervisor.libvirt_files import LibvirtFiles
 from drctl.hypervisor.libvirt_networks import LibvirtNetworks
+from drctl.hypervisor.libvirt_screen import take_screenshot
 from drctl.hypervisor.mirror import Mirror, find
 from drctl.hypervisor.qmp import command, unpack
 from drctl.model.extent import SECTOR
@@ -88,6 +90,22 @@ class LibvirtHypervisor:
     def addresses(self) -> LibvirtNetworks:
         """The reservations of its networks."""
         return LibvirtNetworks(self._connection)
+
+    def files(self) -> LibvirtFiles:
+        """Small files beside disks."""
+        return LibvirtFiles(self._connection)
+
+    def secrets(self) -> dict[str, tuple[str, str]]:
+        """Type and usage of its secrets by UUID; never their values."""
+        return libvirt_host.secrets(self._connection)
+
+    def networks(self) -> frozenset[str] | None:
+        """Names of its networks; None where its driver has none."""
+        return libvirt_host.networks(self._connection)
+
+    def processor_fits(self, arch: str, machine: str, kind: str, processor: str) -> bool | None:
+        """Whether this host can give a guest this `<cpu>`; None where libvirt can't tell."""
+        return libvirt_host.processor_fits(self._connection, (arch, machine, kind), processor)
 
     def close(self) -> None:
         self._connection.close()
@@ -292,6 +310,10 @@ class LibvirtHypervisor:
     def mirrors(self, machine: str) -> list[MirrorState]:
         """All of drctl's mirrors in a running machine."""
         return find(partial(self.monitor, machine))
+
+    def screenshot(self, name: str) -> bytes:
+        """The first screen of a running machine, PPM or PNG. Raises HypervisorRefused when it has no display."""
+        return take_screenshot(self._connection, name)
 
     # -- localizing -------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ What can't travel is dropped, and every change that a person would want to know 
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,12 @@ from typing import Final
 
 from drctl.errors import HypervisorRefused
 from drctl.hypervisor.domain_xml import attribute, parse, source_text
+from drctl.hypervisor.guest_state import SecretRef
+from drctl.hypervisor.recovery_firmware import Flash, rewrite_firmware, rewrite_tpm
+from drctl.hypervisor.recovery_fit import HostFacts, adapt, unmet
 from drctl.hypervisor.recovery_sizing import renew_addresses, resize_memory, resize_processors
+
+__all__ = ["Overlay", "Recovery", "Rewritten", "rewrite", "settle", "unmet"]
 
 #: An interface that is cut off is a UDP socket to nobody with its link down: every QEMU has it, it needs no network and
 #: no privilege. (libvirt's `null` type would say it better; libvirt 9.0.0 dies when such a machine is started.)
@@ -48,7 +52,11 @@ class Recovery:
     `overlays` by disk target. An empty `name` or `uuid` is kept. `networks` maps networks and bridges (a destination
     `bridge:NAME` is a bridge of the host); one that is not in it keeps its name in a failover and is cut off when
     `isolated` (a test). `paths` maps path prefixes of the source site to those of this one; the longest that fits
-    wins. `memory` (bytes), `vcpus` and `new_macs` change the machine itself; 0 and False: as it is defined."""
+    wins. `memory` (bytes), `vcpus` and `new_macs` change the machine itself; 0 and False: as it is defined.
+
+    `flash` is its firmware's (None: kept as it is named, which is right where both hosts are alike), `tpm` whether the
+    state of its TPM travelled, `media` files for its CD-ROM drives by target. `host` is what it is to run on, where
+    that is known, `secrets` are those that it needs, as the source named them."""
 
     overlays: Mapping[str, Overlay]
     name: str = ""
@@ -59,12 +67,20 @@ class Recovery:
     memory: int = 0
     vcpus: int = 0
     new_macs: bool = False
+    flash: Flash | None = None
+    tpm: bool = False
+    media: Mapping[str, str] = field(default_factory=dict)
+    host: HostFacts | None = None
+    secrets: tuple[SecretRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
+    """`variables`: the UEFI variables that travelled are of use for the firmware of this host."""
+
     definition: str
     notes: tuple[str, ...]
+    variables: bool = False
 
 
 def rewrite(definition: str, recovery: Recovery) -> Rewritten:
@@ -83,7 +99,12 @@ def rewrite(definition: str, recovery: Recovery) -> Rewritten:
     _rewrite_paths(root, recovery, notes)
     _drop_host_devices(devices, recovery, notes)
     _loosen_graphics(devices)
-    return Rewritten(ET.tostring(root, encoding="unicode"), tuple(notes))
+    if recovery.host is not None:
+        adapt(root, recovery.host, recovery.secrets, notes)
+    # After the machine type is settled: firmware is made for some.
+    variables = rewrite_firmware(root, recovery.flash, notes) if recovery.flash is not None else False
+    rewrite_tpm(root, travelled=recovery.tpm, notes=notes)
+    return Rewritten(ET.tostring(root, encoding="unicode"), tuple(notes), variables)
 
 
 def _resize(root: ET.Element, devices: ET.Element, recovery: Recovery, notes: list[str]) -> None:
@@ -146,7 +167,7 @@ def _rewrite_disks(devices: ET.Element, recovery: Recovery, notes: list[str]) ->
             _overlay(disk, recovery.overlays[target])
             seen.add(target)
         elif device == "cdrom":
-            _eject(disk, target, notes)
+            _change_medium(disk, target, recovery.media.get(target, ""), notes)
         else:
             devices.remove(disk)
             notes.append(f"{device} {target}: dropped, it is not replicated{_was(disk)}")
@@ -157,7 +178,17 @@ def _rewrite_disks(devices: ET.Element, recovery: Recovery, notes: list[str]) ->
 def _overlay(disk: ET.Element, overlay: Overlay) -> None:
     kept = {name: value for name in _DRIVER_KEPT if (value := attribute(disk, "driver", name))}
     for child in list(disk):
-        if child.tag in ("driver", "source", "backingStore", "mirror", "auth", "readonly", "shareable", "alias"):
+        if child.tag in (
+            "driver",
+            "source",
+            "backingStore",
+            "mirror",
+            "auth",
+            "readonly",
+            "shareable",
+            "alias",
+            "encryption",
+        ):
             disk.remove(child)
     disk.set("type", "file")
     disk.attrib.pop("snapshot", None)
@@ -178,14 +209,18 @@ def _backing(overlay: Overlay) -> ET.Element:
     return backing
 
 
-def _eject(disk: ET.Element, target: str, notes: list[str]) -> None:
-    """Media stay at the source; the drive stays, so that the guest's devices keep their places."""
+def _change_medium(disk: ET.Element, target: str, path: str, notes: list[str]) -> None:
+    """A medium that travelled is at `path`; others stay at the source. The drive stays, so that the guest's devices
+    keep their places."""
     medium = source_text(disk)
     for child in list(disk):
         if child.tag in ("source", "backingStore", "mirror", "auth", "alias"):
             disk.remove(child)
-    if medium:
+    if medium or path:
         disk.set("type", "file")
+    if path:
+        disk.append(ET.Element("source", {"file": path}))
+    elif medium:
         notes.append(f"cdrom {target}: medium dropped (was {medium})")
 
 
@@ -246,15 +281,14 @@ def _strip(element: ET.Element, tags: tuple[str, ...]) -> None:
 def _rewrite_paths(root: ET.Element, recovery: Recovery, notes: list[str]) -> None:
     rebase = _rebaser(recovery.paths)
     _strip_all(root, "devices", "emulator")  # libvirt knows its own
-    for path in ("os/kernel", "os/initrd", "os/dtb", "os/nvram", "os/loader"):
+    flash = () if recovery.flash is not None else ("os/nvram", "os/loader")
+    for path in ("os/kernel", "os/initrd", "os/dtb", *flash):
         found = root.find(path)
         if found is not None and found.text:
             found.text = _moved(found.text.strip(), path.partition("/")[2], rebase, notes)
     for tag in _CHARACTER_DEVICES:
         for device in root.iterfind(f"devices/{tag}"):
             _rewrite_character_device(device, tag, rebase, notes)
-    if root.find("devices/tpm") is not None:
-        notes.append("tpm: its state is not replicated, the guest finds an empty one")
 
 
 def _rewrite_character_device(
@@ -336,37 +370,3 @@ def _loosen_graphics(devices: ET.Element) -> None:
         for listen in graphics.findall("listen"):
             if listen.get("type") in ("socket", "network"):
                 graphics.remove(listen)
-
-
-# -- what this host can run -------------------------------------------------------------------------------------------
-
-
-def unmet(definition: str, capabilities: str) -> tuple[str, ...]:
-    """What the machine needs and this host lacks, out of libvirt's capabilities; empty when it can run.
-
-    Judges architecture, accelerator and machine type. Of the processor only libvirt can say the last word, at start."""
-    root, host = parse(definition), ET.fromstring(capabilities)
-    kind = root.find("os/type")
-    arch = "" if kind is None else kind.get("arch", "")
-    machine = "" if kind is None else kind.get("machine", "")
-    guest = next((each for each in host.iterfind("guest/arch") if not arch or each.get("name") == arch), None)
-    if guest is None:
-        return (f"architecture {arch}: no emulator for it here",)
-    return tuple(filter(None, (_unmet_accelerator(root, guest), _unmet_machine(machine, guest, root))))
-
-
-def _unmet_accelerator(root: ET.Element, guest: ET.Element) -> str:
-    wanted = root.get("type", "")
-    if wanted in {each.get("type") for each in guest.iterfind("domain")}:
-        return ""
-    return f"domain type {wanted}: not available here"
-
-
-def _unmet_machine(machine: str, guest: ET.Element, root: ET.Element) -> str:
-    if not machine:
-        return ""
-    own = guest.find(f"domain[@type='{root.get('type', '')}']") if re.fullmatch(r"\w+", root.get("type", "")) else None
-    offered = {each.text for place in (guest, own) if place is not None for each in place.iterfind("machine")}
-    if machine in offered:
-        return ""
-    return f"machine type {machine}: this host's QEMU does not have it"

@@ -104,7 +104,8 @@ class FakeAppliance:
             if isinstance(reply, Exception):
                 raise reply
             return reply(params, on_progress) if callable(reply) else reply
-        if method.startswith("run."):  # as an appliance that keeps no records; see test_run_keeper.py
+        # As an appliance that keeps no records and shows no screens; see test_run_keeper.py and test_report.py.
+        if method.startswith("run.") or method in ("recovery.screen", "checkpoint.ages"):
             raise NotFound("method", method)
         return getattr(self, "_" + method.replace(".", "_"))(params)
 
@@ -123,11 +124,9 @@ class FakeAppliance:
             "capabilities": {},
             "space": {"store": {"path": "/store", "total": 100 * 2**30, "free": 60 * 2**30}},
             "findings": [],
+            "evacuation": self._evacuated(),
         }
 
-            "evacuation": self._evacuated(),
-    def _support_collect(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"files": {"logs/tap-web.log": "tap: vm.vda: connection 1\n"}}
     def _evacuated(self) -> dict[str, Any] | None:
         away = self.evacuation
         return {"host": self.host, **{key: away[key] for key in ("since", "by", "phase")}} if away else None
@@ -158,6 +157,8 @@ class FakeAppliance:
         self.evacuation = None
         return {"host": self.host, "evacuation": None, "returned": names, "failed": {}}
 
+    def _support_collect(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"files": {"logs/tap-web.log": "tap: vm.vda: connection 1\n"}}
 
     def _certificate_show(self, _: dict[str, Any]) -> dict[str, Any]:
         begin = NOW - 86400 * 100
@@ -225,9 +226,9 @@ class FakeAppliance:
             "sync": None,
             "machines": [{"name": name, "state": "running", "disks": disks} for name in spec["machines"]],
             "ring": {"size": 2**28, "used": 4096},
+            "evacuated": self._evacuated(),
         }
 
-            "evacuated": self._evacuated(),
     def _recovery_status(self, group: str) -> dict[str, Any]:
         points = [{"number": row["number"], "time": row["time"]} for row in self.checkpoints]
         return {
@@ -244,9 +245,9 @@ class FakeAppliance:
             "journal": {"bytes": 2**30, "limit": 64 * 2**30},
             "history": {"seconds": 3600.0, "target": 604800.0, "forecast": None},
             "recoveries": self.failovers,
+            "evacuated": self._evacuated(),
         }
 
-            "evacuated": self._evacuated(),
     def _link_list(self, params: dict[str, Any]) -> list[dict[str, Any]]:
         other = "beta" if self.site == "alpha" else "alpha"
         groups = [
@@ -281,6 +282,12 @@ class FakeAppliance:
 
     def _lease_release(self, params: dict[str, Any]) -> dict[str, Any]:
         return {"group": params["group"], "released": True}
+
+    def _group_describe(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"spec": self.groups[params["group"]], "machines": [], "disks": []}
+
+    def _group_fit(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"group": params["group"], "findings": []}
 
     def _replicate_start(self, params: dict[str, Any]) -> dict[str, Any]:
         self.phases[params["group"]] = "live"

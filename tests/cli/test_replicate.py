@@ -50,6 +50,25 @@ def test_start_tells_what_it_will_read_then_asks(web) -> None:
     assert not web.alpha.called("replicate.start")
 
 
+def test_start_tells_what_becomes_of_the_machines_there(web) -> None:
+    def finding(severity: str, message: str) -> dict[str, str]:
+        return {"severity": severity, "subject": "db", "message": message, "hint": ""}
+
+    notes = [finding("info", "cdrom sda"), finding("error", "tpm: no swtpm"), finding("warning", "machine type")]
+    web.beta.replies["group.fit"] = {"group": "web", "findings": notes}
+    result = web("replicate", "start", "web", typed="n\n")
+    assert "WILL NOT RUN THERE: db: tpm: no swtpm\nwarning: db: machine type\ndb: cdrom sda\nwill " in result.err
+    assert web.alpha.called("group.describe")
+
+
+def test_start_goes_on_where_that_can_not_be_told(web) -> None:
+    Sync(web, "unprotected")
+    web.beta.replies["group.fit"] = NotFound("method", "group.fit")
+    result = web("replicate", "start", "web", "--yes")
+    assert result.code == 0
+    assert "what its machines need at the recovery site was not looked at: " in result.err
+
+
 def test_start_without_a_terminal_does_not_wait(web) -> None:
     Sync(web, "unprotected")
     result = web("replicate", "start", "web", "--yes")

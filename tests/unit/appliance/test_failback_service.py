@@ -22,6 +22,7 @@ from drctl.appliance.failback_turn import spec_back, turned
 from drctl.appliance.group_state import Desired, GroupState
 from drctl.appliance.handover_record import Handover, HandoverFiles, HandoverPhase
 from drctl.errors import NotFound, PreconditionFailed, Refused, WrongPhase
+from drctl.hypervisor.libvirt_files import LibvirtFiles
 from drctl.model.group import GroupDisk, GroupSpec, Retention, turned_around
 from drctl.model.machine import Disk, Machine, MachineState
 from drctl.model.phase import Phase
@@ -63,6 +64,14 @@ class Host:
     def definition(self, name):
         self.machine(name)
         return XML
+
+    live_definition = definition
+
+    def files(self):
+        return LibvirtFiles(SimpleNamespace(uri="qemu:///session"))
+
+    def secrets(self):
+        return {}
 
     def undefine(self, name):
         del self.known[name]

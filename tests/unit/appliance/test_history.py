@@ -74,7 +74,7 @@ def test_a_full_disk_does_not_fail_what_was_done(tmp_path: Path) -> None:
 #: Methods that change nothing, or not because a person said so.
 READING = {
     "appliance.history", "appliance.info", "appliance.metrics", "certificate.show", "checkpoint.choose", "checkpoint.list",
-    "checkpoint.verify", "failback.disks", "failback.plan", "failback.sample", "failover.plan", "group.list", "group.picture",
+    "checkpoint.verify", "failback.disks", "failback.plan", "failback.sample", "failover.plan", "group.describe", "group.fit", "group.list", "group.picture",
     "group.status", "handover.plan", "host.evacuation", "lease.show", "link.list", "machine.list", "rollback.plan", "support.collect", "test.list",
 }  # fmt: skip
 #: Between processes; a part of a command that is in it; an act of a run, which has a record of its own.
