@@ -40,6 +40,7 @@ from drctl.appliance.process import Processes
 from drctl.appliance.receiver_link import ReceiverLink
 from drctl.appliance.recovery_host import open_recovery
 from drctl.appliance.roles import RECOVERY, SOURCE, Roles, RoleView
+from drctl.appliance.run_pictures import RunPictures
 from drctl.appliance.run_service import open_runs
 from drctl.appliance.seed_service import SeedService
 from drctl.appliance.source_service import SourceService
@@ -159,6 +160,7 @@ class Appliance:
             "appliance.metrics": self._metrics.answer,
             **CertificateService(self._home).handlers(),
             **open_runs(self._home).handlers(),
+            **RunPictures(self._host, self._home.path).handlers(),
             "support.collect": lambda _params, _progress: {"files": collect(self._home)},
             "link.list": self._links.listed,
             "link.put": self._links.put,

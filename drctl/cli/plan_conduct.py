@@ -18,7 +18,7 @@ from drctl.cli.person import Person
 from drctl.cli.plan_site import GroupSite
 from drctl.cli.report_text import suite
 from drctl.cli.run_keeper import KeptRun
-from drctl.errors import CleanUpFailed, Interrupted, StepFailed
+from drctl.errors import CleanUpFailed, Interrupted, OutOfSpace, StepFailed
 from drctl.plan.engine import Engine, Verdict
 from drctl.plan.execute import Executed, Execution
 from drctl.plan.inventory import Ending
@@ -28,7 +28,7 @@ from drctl.plan.perform import Performer, Surroundings
 from drctl.plan.plan import Mode
 from drctl.plan.record import RunRecord, read_record
 from drctl.plan.report import make_report, rto
-from drctl.plan.step import Compiled
+from drctl.plan.step import Compiled, StepKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,21 @@ class Conduct:
                 write_junit(junit, [suite(make_report(told))])
         finally:
             notifications.close()
+        self._look(executed)
         self.log.finish()
         return self._finish(self._told(), executed)
+
+    def _look(self, executed: Executed) -> None:
+        """What machines that stay show; those of a test that was cleaned up were looked at before."""
+        if executed.unrecorded is not None or self._told().ending in (Ending.CLEAN_UP, Ending.UNDO):
+            return
+        there = {step.group for step in self.compiled.forward if step.kind is StepKind.RECOVER}
+        begun = self._told().steps
+        for group in sorted(name for name in there if f"group:{name}/recover" in begun):
+            rows = [dict(row) for row in self.site.consoles(group)]
+            with suppress(OutOfSpace):  # the run itself is recorded
+                event = {"event": "consoles", "group": group, "consoles": rows}
+                self.events.append(self.log.append(event, self.context.clock.time()))
 
     def _tell(self, notifications: Notifications, event: str, facts: Mapping[str, Any]) -> None:
         told = self._told()

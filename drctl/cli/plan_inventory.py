@@ -16,6 +16,8 @@ from drctl.plan.inventory import Ability, GroupFacts, MachineFacts
 
 #: A forecast opens views' catalogs and looks at the host's machines.
 FORECAST_TIMEOUT = 60.0
+#: Groups whose last day is drawn in a report.
+MOST_AGES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,14 @@ def from_appliances(context: Context, groups: Sequence[str]) -> Stock:
     complete = not silent and not inventory.silent
     versions = {name: _versions(answer.result) for name, answer in infos.items() if not answer.failed}
     return Stock(facts.Inventory(base, complete=complete), silent or inventory.silent, loss, versions)
+
+
+def checkpoint_ages(context: Context, groups: Sequence[str]) -> dict[str, Any]:
+    """By group how old its newest checkpoint was in the last day, for reports; what does not answer has none."""
+    inventory = take_inventory(context)
+    places = [place for name in groups[:MOST_AGES] if (place := inventory.find(name, "recovery")) is not None]
+    answers = in_parallel(lambda place: ask(context, place.host, "checkpoint.ages", group=place.group), places)
+    return {place.group: one.result for place, one in zip(places, answers, strict=True) if not one.failed}
 
 
 def _of_spec(spec: GroupSpec) -> GroupFacts:

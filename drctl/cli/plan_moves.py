@@ -152,6 +152,10 @@ class MoveSite(GroupSite):
         lacking = {"state": "failed", "reason": f"{name} is not in {found['kind']} {found['id']}"}
         return machine_of(found, name) or lacking
 
+    def recovered(self, group: str) -> list[str]:
+        found = recovery.reigning(self._status(group))
+        return [str(one["name"]) for one in (found or {}).get("machines") or ()]
+
     def ask(self, group: str, method: str, *, timeout: float = ASK_TIMEOUT, **params: Any) -> Any:
         found = recovery.reigning(self._status(group))
         identity = str(found["id"]) if found else ""

@@ -18,7 +18,7 @@ from drctl.cli.context import Context
 from drctl.cli.junit import write_junit
 from drctl.cli.plan_conduct import Conduct
 from drctl.cli.plan_files import plan_commit, plan_directory
-from drctl.cli.plan_inventory import Stock, from_appliances
+from drctl.cli.plan_inventory import Stock, checkpoint_ages, from_appliances
 from drctl.cli.plan_moves import MoveSite, Outlook, move_site
 from drctl.cli.plan_site import DrillSite
 from drctl.cli.run_keeper import Keeper, KeptRun, catch_up, keep
@@ -168,6 +168,7 @@ class Attempt:
             "versions": dict(self.stock.versions),
             "commit": plan_commit(self.path),
             "loss_seconds": self._forecast()["loss_seconds"],
+            "checkpoint_ages": checkpoint_ages(self.context, self.plan.groups),
             **(_order(self.site) if self.site else {}),
             **_aims(self.plan),
         }

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from drctl.cli.context import Context
-from drctl.cli.inventory import READ_TIMEOUT, side
+from drctl.cli.inventory import READ_TIMEOUT, in_parallel, side
 from drctl.cli.recovery import RUN_TIMEOUT
 from drctl.errors import DrctlError, PreconditionFailed, StepFailed
 from drctl.model.site import Host
@@ -24,6 +24,10 @@ from drctl.plan.step import MachineOrder, Recovery
 _LOOK = 0.5
 #: One question to a machine's agent (its own limit is 5 s), or a console's text.
 ASK_TIMEOUT = 15.0
+#: A screen is there or not; cleaning up waits for it.
+SCREEN_TIMEOUT = 5.0
+#: Pictures and texts of one group's machines, in characters: below the record's longest line.
+PICTURES = 2 * 1024 * 1024
 #: States of a test of which nothing is left.
 _GONE = ("stopped",)
 
@@ -84,6 +88,31 @@ class GroupSite(ABC):
 
     def cards(self, group: str, machine: str) -> Sequence[str]:
         return [str(card["mac"]) for card in self.machine(group, machine).get("cards") or ()]
+
+    def consoles(self, group: str) -> Sequence[Mapping[str, Any]]:
+        """Of machines that run, and of those that failed why; as many as fit into one line of the record."""
+        try:
+            names = self.recovered(group)
+        except DrctlError as exc:
+            return [{"group": group, "machine": "", "reason": exc.message}]
+        rows, left = in_parallel(lambda name: self._screen(group, name), names), PICTURES
+        for row in rows:
+            left -= len(row.get("png", "")) + len(row.get("text", ""))
+            if left < 0:
+                row |= {"png": "", "text": "", "reason": "left out: the record would grow too large"}
+        return rows
+
+    @abstractmethod
+    def recovered(self, group: str) -> list[str]:
+        """The machines of the group's recovery by this run. Raises DrctlError."""
+
+    def _screen(self, group: str, name: str) -> dict[str, Any]:
+        try:
+            told = self.ask(group, "recovery.screen", machine=name, timeout=SCREEN_TIMEOUT)
+        except DrctlError as exc:
+            return {"group": group, "machine": name, "reason": exc.message}
+        words = {key: str(told[key]) for key in ("png", "text", "reason") if told.get(key)}
+        return {"group": group, "machine": name, **words}
 
     def console(self, group: str, machine: str) -> str:
         return str(self.ask(group, "recovery.console", machine=machine)["text"])
@@ -201,6 +230,10 @@ class DrillSite(GroupSite):
         if test is None:
             return {"state": "failed", "reason": f"the test {self._tests.get(group, '')} of {group} is gone"}
         return machine_of(test, name) or {"state": "failed", "reason": f"{name} is not in test {test['id']}"}
+
+    def recovered(self, group: str) -> list[str]:
+        found = [test for test in self._list(group) if self._is_ours(group, test)]
+        return [str(one["name"]) for test in found for one in test.get("machines") or ()]
 
     def ask(self, group: str, method: str, *, timeout: float = ASK_TIMEOUT, **params: Any) -> Any:
         recovery = self._tests.get(group, "")

@@ -9,11 +9,13 @@ from typing import Any
 from drctl.cli import render
 from drctl.cli.report_text import cut, utc
 from drctl.plan.output import tame
-from drctl.plan.report import Line, Report
+from drctl.plan.report import Ages, Line, Report
 
 #: Of one output so much is shown; of all together so much, in characters.
 OUTPUT = 8 * 1024
 ALL_OUTPUT = 1024 * 1024
+#: Pictures of screens and texts of consoles, all together, in characters.
+ALL_PICTURES = 1024 * 1024
 #: Rows of the timeline. With more machines those that failed and the slowest are shown.
 ROWS = 80
 #: Texts below the timeline.
@@ -52,6 +54,20 @@ class Timeline:
     rows: tuple[Row, ...]
     ticks: tuple[str, ...]
     left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A group's ages over time: `area` is the points of a polygon in 1000 by 100, `target` a height or None."""
+
+    group: str
+    area: str
+    target: float | None
+    highest: float
+    begin: float
+    end: float
+    worst: float | None
+    gaps: bool
 
 
 @dataclass(slots=True)
@@ -93,6 +109,8 @@ def html(report: Report) -> str:
         outputs=_outputs(report, budget),
         cut=budget.cut,
         facts=_facts(report),
+        plots=[_plot(one, report.rpo_target) for one in report.ages],
+        consoles=_consoles(report),
     )
 
 
@@ -157,6 +175,35 @@ def _outputs(report: Report, budget: _Budget) -> list[tuple[Line, str]]:
     said = [line for line in report.lines if line.output]
     texts = {line.id: budget.take(report, line) for line in sorted(said, key=lambda line: not line.failed)}
     return [(line, texts[line.id]) for line in said]
+
+
+def _plot(ages: Ages, target: float) -> Plot:
+    """Parts without any checkpoint are drawn as high as the plot."""
+    known = [age for age in ages.worst if age is not None]
+    highest = max([*known, target]) or 1.0
+    width = WIDTH / len(ages.worst)
+    points = ["0,100"]
+    for place, age in enumerate(ages.worst):
+        height = 0.0 if age is None else 100 - 100 * age / highest
+        points += [f"{place * width:.1f},{height:.1f}", f"{(place + 1) * width:.1f},{height:.1f}"]
+    line = 100 - 100 * target / highest if target else None
+    worst = max(known, default=None)
+    area = " ".join([*points, f"{WIDTH:.0f},100"])
+    return Plot(ages.group, area, line, highest, ages.begin, ages.end, worst, len(known) < len(ages.worst))
+
+
+def _consoles(report: Report) -> list[dict[str, Any]]:
+    """Pictures and texts as far as there is room, of machines that failed first; the others say so."""
+    failed = {(one.group, one.name) for one in report.machines if one.state == "failed"}
+    left, shown = ALL_PICTURES, {}
+    for one in sorted(report.consoles, key=lambda one: (one.group, one.machine) not in failed):
+        size = len(one.png) + len(one.text)
+        fits = size <= left
+        left -= size if fits else 0
+        reason = one.reason if fits or not size else "left out here: the file would grow too large"
+        text = tame(one.text) if fits else ""
+        shown[id(one)] = {"console": one, "png": one.png if fits else "", "text": text, "reason": reason}
+    return [shown[id(one)] for one in report.consoles]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

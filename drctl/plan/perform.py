@@ -36,6 +36,10 @@ class RecoverySite(Protocol):
 
     def clean_up(self, group: str) -> Mapping[str, Any]: ...
 
+    def consoles(self, group: str) -> Sequence[Mapping[str, Any]]:
+        """What the screens or consoles of a group's recovered machines show now. Never raises DrctlError."""
+        ...
+
     def undo(self, group: str) -> Mapping[str, Any]: ...
 
     def agent(self, group: str, machine: str, sent: dict[str, Any]) -> Any:
@@ -101,10 +105,15 @@ class Performer:
             return self._readdress(step, action, cancelled)
         acts = {
             StepKind.HOLD: self._site.hold,
-            StepKind.CLEAN_UP: self._site.clean_up,
+            StepKind.CLEAN_UP: self._clean_up,
             StepKind.UNDO: self._site.undo,
         }
         return Result(Outcome.DONE, acts[step.kind](step.group))
+
+    def _clean_up(self, group: str) -> Mapping[str, Any]:
+        """Its machines' screens are looked at first: also of those that failed, and so that nobody waits for it."""
+        consoles = list(self._site.consoles(group))
+        return {**self._site.clean_up(group), **({"consoles": consoles} if consoles else {})}
 
     def environment(self, step: Step) -> dict[str, str]:
         """What scripts and commands are told, beside their own environment."""

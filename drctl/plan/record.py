@@ -9,6 +9,7 @@ Events, in the order in which they happen; the log (store/run_log.py) gives each
     end      it came to its end: outcome, seconds, reason, output
     ending   nothing more is begun; how the run ends, and why
     over     the verdict
+    consoles what machines that stay show at the end
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from drctl.plan.inventory import Ending, Progress
 #: Of the record's format; in the first event.
 FORMAT = 1
 #: Of a step's end, what StepRecord has fields for.
-_TOLD = frozenset(("n", "time", "previous", "event", "step", "outcome", "seconds", "reason", "output"))
+_TOLD = frozenset(("n", "time", "previous", "event", "step", "outcome", "seconds", "reason", "output", "consoles"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class RunRecord:
     ended: float | None = None
     resumed: int = 0
     described: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: What recovered machines showed: group, machine, time; png (base64), text or why not
+    consoles: tuple[Mapping[str, Any], ...] = ()
 
     def progress(self) -> Progress:
         """How far it is by the record alone; what is true at the hosts is to be added."""
@@ -79,8 +82,10 @@ def read_record(events: Iterable[Mapping[str, Any]]) -> RunRecord | None:
     record: RunRecord | None = None
     steps: dict[str, StepRecord] = {}
     described: dict[str, Mapping[str, Any]] = {}
+    consoles: dict[tuple[str, str], Mapping[str, Any]] = {}
     for event in events:
         kind = event.get("event")
+        consoles |= _consoles(event)
         if kind == "run":
             record = _first(event)
         elif record is None:
@@ -91,7 +96,16 @@ def read_record(events: Iterable[Mapping[str, Any]]) -> RunRecord | None:
             described |= {str(row["id"]): row for row in event["steps"]}
         else:
             record = _whole(record, event)
-    return replace(record, steps=steps, described=described) if record else None
+    if record is None:
+        return None
+    return replace(record, steps=steps, described=described, consoles=tuple(consoles.values()))
+
+
+def _consoles(event: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Of an event of its own, or of a clean-up's end; the latest of a machine counts."""
+    rows = event.get("consoles")
+    told = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    return {(str(row.get("group")), str(row.get("machine"))): {**row, "time": event.get("time")} for row in told}
 
 
 def _first(event: Mapping[str, Any]) -> RunRecord:

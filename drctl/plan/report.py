@@ -4,6 +4,7 @@ Times are seconds; moments are wall seconds since the epoch, `at` is counted fro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ ROWS_PER_EVENT = 1000
 #: Runs that a trend goes back.
 TREND = 20
 _ENDINGS = (StepKind.CLEAN_UP, StepKind.UNDO)
+_BASE64 = re.compile(r"iVBORw0KGgo[A-Za-z0-9+/]*={0,2}")
 _HEALTH = (StepKind.BOOT, StepKind.RE_IP, StepKind.CHECK)
 
 
@@ -94,6 +96,28 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
+class Console:
+    """What a recovered machine showed at the end: `png` (base64) of its screen, or `text` of its console; `reason`
+    says why there is no picture."""
+
+    group: str
+    machine: str
+    png: str
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """Of a group's newest checkpoint, the greatest in each equal part of begin..end; None: there was none."""
+
+    group: str
+    begin: float
+    end: float
+    worst: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A run. Targets of 0 are none; `head` is the hash of the record's last line, `damage` what is wrong with it."""
 
@@ -120,6 +144,8 @@ class Report:
     lines: tuple[Line, ...]
     trend: tuple[Past, ...]
     resumed: int
+    consoles: tuple[Console, ...] = ()
+    ages: tuple[Ages, ...] = ()
     head: str = ""
     damage: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -201,6 +227,8 @@ def make_report(record: RunRecord, earlier: Sequence[RunRecord] = (), *, head: s
         lines=lines,
         trend=_trend(record, earlier),
         resumed=record.resumed,
+        consoles=tuple(_console(row) for row in record.consoles),
+        ages=tuple(_ages(facts)),
         head=head,
         damage=damage,
         facts=facts,
@@ -344,6 +372,22 @@ def _past(record: RunRecord) -> Past:
     known = [age for age in ages if age is not None]
     worst = max(known) if known and len(known) == len(ages) else None
     return Past(record.run, record.began, record.verdict or "unfinished", rto(record), worst)
+
+
+def _console(row: Mapping[str, Any]) -> Console:
+    png = str(row.get("png") or "")
+    whole = bool(_BASE64.fullmatch(png))
+    words = {key: str(row.get(key) or "") for key in ("group", "machine", "text", "reason")}
+    return Console(png=png if whole else "", **words)
+
+
+def _ages(facts: Mapping[str, Any]) -> Iterable[Ages]:
+    """What the record's first line tells of each group's last day."""
+    for group, told in _mapping(facts.get("checkpoint_ages")).items():
+        row = _mapping(told)
+        begin, end, worst = _number(row.get("begin")), _number(row.get("end")), row.get("worst")
+        if begin is not None and end is not None and end > begin and isinstance(worst, list) and worst:
+            yield Ages(str(group), begin, end, tuple(_number(age) for age in worst))
 
 
 def _number(value: Any) -> float | None:

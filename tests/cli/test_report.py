@@ -277,3 +277,54 @@ def test_a_recovery_that_failed_is_in_the_groups(plans) -> None:
     (group,) = document["groups"]
     assert (group["outcome"], group["reason"]) == ("failed", "no machine of web runs: no disk")
     assert document["rpo_seconds"] == 4.0, "by the forecast"
+
+
+def shown(plans, screens) -> str:
+    """The report of a drill whose machines show `screens` (name → what recovery.screen tells)."""
+    plans.beta.replies["recovery.screen"] = lambda params, _progress: screens[params["machine"]]
+    worst = [None] * 100 + [5.0] * 187 + [900.0]
+    plans.beta.replies["checkpoint.ages"] = {"begin": NOW - 86400, "end": NOW, "worst": worst}
+    plans("plan", "run", "web", "--mode", "test", "--yes")
+    return plans("run", "report", "latest", "--format", "html").out
+
+
+def test_screens_and_the_day_before_are_in_the_file_itself(plans) -> None:
+    from base64 import b64encode
+
+    from drctl.hypervisor.picture import small_png
+
+    png = b64encode(small_png(b"P6\n4 4\n255\n" + bytes(48))).decode()
+    text = shown(plans, {"db": {"png": png, "text": ""}, "front": {"png": "", "text": "<b>login:\x1b[2J"}})
+    page = Page(text)
+    assert [one["src"] for tag, one in page.tags if tag == "img"] == [f"data:image/png;base64,{png}"]
+    assert "<b>login:\\x1b[2J" in page.text
+    (plot,) = [one for tag, one in page.tags if tag == "polygon"]
+    assert plot["points"].startswith("0,100 0.0,0.0 ")
+    assert plot["points"].endswith("1000.0,0.0 1000,100")
+    assert "at most 15m" in page.text
+    policy = next(one["content"] for tag, one in page.tags if one.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+@pytest.mark.parametrize("png", ["javascript:alert(1)", 'iVBORw0KGgo"onerror="x', 7, None])
+def test_what_is_no_picture_is_never_an_address(plans, png) -> None:
+    page = Page(
+        shown(plans, {"db": {"png": png, "text": ""}, "front": {"png": "", "text": "", "reason": "no display"}})
+    )
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert "no display" in page.text
+
+
+def test_pictures_have_a_bound(plans, monkeypatch) -> None:
+    monkeypatch.setattr("drctl.cli.report_html.ALL_PICTURES", 5000)
+    png = "iVBORw0KGgo" + "A" * 4000
+    page = Page(shown(plans, {"db": {"png": png, "text": ""}, "front": {"png": png, "text": ""}}))
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert "would grow too large" in page.text
+
+
+def test_after_a_move_its_machines_are_looked_at_when_it_is_over(plans) -> None:
+    plans.beta.replies["recovery.screen"] = {"png": "", "text": "up and running"}
+    plans("plan", "run", "web", "--mode", "test", "--yes", "--keep")
+    page = Page(plans("run", "report", "latest", "--format", "html").out)
+    assert page.text.count("up and running") == 2
