@@ -39,6 +39,12 @@ HELP = {
     "drctl_clock_offset_seconds": "The other site's clock minus this one's, as the link measures it.",
     "drctl_backlog_bytes": "Acknowledged to guests, not yet by the other site.",
     "drctl_ring_bytes": "Size of the group's ring.",
+    "drctl_ring_used_bytes": "What is in it and not yet at the other site, nor in the spill.",
+    "drctl_spill_limit_bytes": "What the group's spill may take on disk; 0: there is none.",
+    "drctl_spill_bytes": "What it takes.",
+    "drctl_spill_failed": "1 while the spill's disk refuses.",
+    "drctl_dirty_map_bytes": "Dropped blocks that have to be read again from the disks.",
+    "drctl_dirty_map_limit_bytes": "All that can be: the group's disks.",
     "drctl_sync_done_bytes": "How far the pass of the reader is.",
     "drctl_sync_total_bytes": "How far it has to go.",
     "drctl_recoveries": "Tests and failovers here, by kind and state.",
@@ -113,7 +119,15 @@ def _source(text: Text, status: Facts) -> None:
     if link.get("offset_ms") is not None:
         text.add("drctl_clock_offset_seconds", float(link["offset_ms"]) / 1000, group=group)
     text.add("drctl_backlog_bytes", status.get("backlog_bytes"), group=group)
+    spill, dirty = (status.get(key) or {} for key in ("spill", "dirty_map"))
     text.add("drctl_ring_bytes", ring.get("size"), group=group)
+    text.add("drctl_ring_used_bytes", ring.get("used"), group=group)
+    text.add("drctl_spill_limit_bytes", spill.get("size"), group=group)
+    text.add("drctl_spill_bytes", spill.get("used"), group=group)
+    if spill.get("state") is not None:
+        text.add("drctl_spill_failed", float(spill["state"] == "failed"), group=group)
+    text.add("drctl_dirty_map_bytes", dirty.get("used"), group=group)
+    text.add("drctl_dirty_map_limit_bytes", dirty.get("size"), group=group)
     text.add("drctl_sync_done_bytes", sync.get("done_bytes"), group=group)
     text.add("drctl_sync_total_bytes", sync.get("total_bytes"), group=group)
 

@@ -40,6 +40,8 @@ def source_status(protection: Protection) -> dict[str, Any]:
         if state.epoch
         else [],
         "ring": _ring(status),
+        "spill": _spill(status),
+        "dirty_map": _dirty_map(status),
         "boot": protection.boot.told() if protection.boot else None,
         "strays": list(protection.strays.names),
         "processes": {"tap": protection.worker.tap_pid(), "shipper": protection.worker.shipper_pid()},
@@ -64,6 +66,17 @@ def _sync(status: dict[str, Any], eta: float | None) -> dict[str, Any] | None:
 def _ring(status: dict[str, Any]) -> dict[str, Any] | None:
     ring = status.get("ring")
     return {"size": ring["size"], "used": ring["used"], "dropping": ring["dropping"]} if ring else None
+
+
+def _spill(status: dict[str, Any]) -> dict[str, Any] | None:
+    spill = status.get("spill")
+    return {name: spill[name] for name in ("size", "used", "state", "error")} if spill else None
+
+
+def _dirty_map(status: dict[str, Any]) -> dict[str, Any] | None:
+    """Bytes that were dropped and have to be read again, of all that the map can note."""
+    ring = status.get("ring")
+    return {"size": ring["dirty_limit"], "used": ring["dirty_bytes"]} if ring and "dirty_limit" in ring else None
 
 
 def _machines(protection: Protection) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -52,6 +53,9 @@ class Worker:
         self.socket_path = run / "taps" / f"{group}.sock"
         self.bell_path = run / "taps" / f"{group}.bell"
         self.shipper_socket = run / "shippers" / f"{group}.sock"
+        #: What the ring can't hold, on disk; and its key, which ends with the ring.
+        self.spill_path = home.path / "spill" / group
+        self.spill_key_path = run / "rings" / f"{group}.spill-key"
         self._tap_name = f"tap-{group}"
         self._sink_name = f"sink-{group}"
         self.shipper_name = f"shipper-{group}"
@@ -83,6 +87,7 @@ class Worker:
         self._processes.end(self.shipper_name)
         self._processes.end(self._tap_name)
         Ring.remove(self.ring_path)
+        self._remove_spill()
         epoch = uuid.uuid4().hex
         identity = StreamIdentity(self._group, self._home.config.host, state.generation, epoch)
         disks = {disk.number: disk.size for disk in state.disks}
@@ -248,9 +253,15 @@ class Worker:
         self.end_tap()
         self._close_ring()
         Ring.remove(self.ring_path)
+        self._remove_spill()
         for path in (self.bell_path, self.socket_path, self.shipper_socket):
             with suppress(FileNotFoundError):
                 path.unlink()
+
+    def _remove_spill(self) -> None:
+        """Without its ring a spill is a piece of a stream of which nothing goes on."""
+        self.spill_key_path.unlink(missing_ok=True)
+        shutil.rmtree(self.spill_path, ignore_errors=True)
 
     def _wait_for(self, reached: Callable[[], bool], child: str, timeout_seconds: float = 5.0) -> None:
         """Raises StepFailed, at once when the child ends: whoever waits here is the one to start it again."""

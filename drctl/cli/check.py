@@ -25,6 +25,7 @@ app = typer.Typer(help="Monitoring plugins.", add_completion=False, rich_markup_
 class What(StrEnum):
     RPO = "rpo"
     JOURNAL = "journal"
+    BACKLOG = "backlog"
     APPLIANCE = "appliance"
     CERTIFICATE = "certificate"
     CLOCK = "clock"
@@ -101,6 +102,10 @@ def _journal(found: _Look, limits: Limits) -> list[Verdict]:
     return found.of_groups(lambda picture: checks.journal(picture, limits))
 
 
+def _backlog(found: _Look, limits: Limits) -> list[Verdict]:
+    return found.of_groups(lambda picture: checks.backlog(picture, limits))
+
+
 def _appliance(found: _Look, limits: Limits) -> list[Verdict]:
     return [
         checks.appliance(each.answer.host.name, each.facts, str(each.answer.error), each.seconds, limits)
@@ -141,6 +146,7 @@ def _silent(each: _Asked) -> Verdict:
 _CHECKS: dict[What, Callable[[_Look, Limits], list[Verdict]]] = {
     What.RPO: _rpo,
     What.JOURNAL: _journal,
+    What.BACKLOG: _backlog,
     What.APPLIANCE: _appliance,
     What.CERTIFICATE: _certificate,
     What.CLOCK: _clock,
@@ -171,7 +177,7 @@ def check(
         What,
         typer.Argument(
             metavar="WHAT",
-            help="rpo, journal, appliance, certificate, clock, space, drill or all.",
+            help="rpo, journal, backlog, appliance, certificate, clock, space, drill or all.",
             show_choices=False,
         ),
     ],
@@ -196,10 +202,12 @@ def check(
     One line, performance data, and exit code 0 OK, 1 WARNING, 2 CRITICAL or 3 UNKNOWN, as monitoring plugins have them.
 
     RANGE is that of the monitoring-plugins guidelines: 30s (alert above), 10: (alert below), 5:20, @5:20; durations and
-    sizes may be written out. rpo in seconds, journal in percent used, appliance and clock in seconds, certificate in
-    days left, space in percent free. Defaults: rpo 3 and 12 times the group's interval (15s and 60s at least), journal
-    80 and 95, appliance 1s and 2s, certificate 30: and 7:, clock 1s and 30s, space 10: and 2:, drill none
-    and 30d.
+    sizes may be written out. rpo in seconds, journal and backlog in percent used, appliance and clock in seconds,
+    certificate in days left, space in percent free. Defaults: rpo 3 and 12 times the group's interval (15s and 60s at
+    least), journal 80 and 95, backlog 50 and 90, appliance 1s and 2s, certificate 30: and 7:, clock 1s and 30s,
+    space 10: and 2:, drill none and 30d.
+
+    backlog is what a group's ring and spill hold; CRITICAL when they overflowed and blocks have to be read again.
 
     drill looks at the records of this machine's runs: CRITICAL without a good one, when the last one failed, or when it
     is older than --max-age; WARNING when the plan was changed since.

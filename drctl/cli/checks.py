@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drctl.cli.plugin import Perf, Range, State, Verdict, at_least, at_most, judge
+from drctl.cli.protection import sends_nothing
 from drctl.model.duration import format_duration
 from drctl.model.extent import format_bytes
 
@@ -19,6 +20,7 @@ RPO_CRITICAL_INTERVALS = 12.0
 RPO_WARNING_SECONDS = 15.0
 RPO_CRITICAL_SECONDS = 60.0
 JOURNAL_PERCENT = (80.0, 95.0)
+BACKLOG_PERCENT = (50.0, 90.0)
 SPACE_FREE_PERCENT = (10.0, 2.0)
 CLOCK_SECONDS = (1.0, 30.0)
 CERTIFICATE_DAYS = (30.0, 7.0)
@@ -91,6 +93,39 @@ def journal(picture: Facts, limits: Limits) -> Verdict:
             Perf(f"{group} journal", round(percent, 2), "%", warning, critical, 0, 100),
             Perf(f"{group} journal_bytes", used, "B", None, None, 0, limit),
             Perf(f"{group} history", history.get("seconds"), "s", None, None, 0),
+        ),
+    )
+
+
+def backlog(picture: Facts, limits: Limits) -> Verdict:
+    """How full a group's ring and spill are together: beyond them the dirty map takes what is written, and no
+    checkpoint is cut until that was read again."""
+    group = str(picture["group"])
+    ring, spill, dirty = (picture.get(key) or {} for key in ("ring", "spill", "dirty_map"))
+    if sends_nothing(picture):
+        return Verdict(State.OK, f"{group}: no backlog: it is not replicated")
+    if ring.get("used") is None or not ring.get("size"):
+        return Verdict(State.UNKNOWN, f"{group}: its backlog is unknown: its source does not answer")
+    size, used = ring["size"] + (spill.get("size") or 0), ring["used"] + (spill.get("used") or 0)
+    dropped = int(dirty.get("used") or 0)
+    warning, critical = limits.over(at_most(BACKLOG_PERCENT[0]), at_most(BACKLOG_PERCENT[1]))
+    percent = 100.0 * min(used, size) / size
+    state = judge(percent, warning, critical)
+    text = f"{group}: backlog {format_bytes(used)} of {format_bytes(size)}"
+    if spill.get("state") == "failed":
+        state = max(state, State.WARNING)
+        text += f", the spill fails: {spill.get('error') or 'unknown'}"
+    if dropped or ring.get("dropping"):
+        state = State.CRITICAL
+        text += f", {format_bytes(dropped)} dropped and to be read again"
+    return Verdict(
+        state,
+        text,
+        (
+            Perf(f"{group} backlog", round(percent, 2), "%", warning, critical, 0, 100),
+            Perf(f"{group} ring", ring["used"], "B", None, None, 0, ring["size"]),
+            Perf(f"{group} spill", spill.get("used"), "B", None, None, 0, spill.get("size")),
+            Perf(f"{group} dirty_map", dirty.get("used"), "B", None, None, 0, dirty.get("size")),
         ),
     )
 

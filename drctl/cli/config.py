@@ -11,7 +11,7 @@ from pathlib import Path
 from drctl.cli.limit_file import LinkLimit, read_link_limits
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.bandwidth import RateLimit
-from drctl.model.extent import GiB, MiB
+from drctl.model.extent import GiB, MiB, format_bytes
 from drctl.model.group import Retention
 from drctl.model.hook import TIME_LIMIT, Hook
 from drctl.model.site import PREFIX, Host, HostKind, Login, Site
@@ -24,6 +24,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 MINIMUM_INTERVAL = 0.5
 MAXIMUM_INTERVAL = 60.0
 MINIMUM_RING = 16 * MiB
+#: Room comes back in pieces of a sixteenth, each of several chunks.
+MINIMUM_SPILL = 64 * MiB
 #: A group whose source is an ESX host has a checkpoint per cycle of snapshots, each of which stuns its machines.
 CYCLE_INTERVAL, MINIMUM_CYCLE_INTERVAL, MAXIMUM_CYCLE_INTERVAL = 300.0, 30.0, 86400.0
 #: Where the appliance of an ESX host runs, when it is this machine.
@@ -36,6 +38,7 @@ class Defaults:
 
     checkpoint_interval: float = 5.0
     ring_size: int = 256 * MiB
+    spill_size: int = GiB
     retention: Retention = field(default_factory=Retention)
 
 
@@ -108,6 +111,7 @@ def read_defaults(table: Table) -> Defaults:
     defaults = Defaults(
         checkpoint_interval=read_interval(table, base.checkpoint_interval),
         ring_size=table.size("ring_size", base.ring_size, minimum=MINIMUM_RING),
+        spill_size=read_spill(table, base.spill_size),
         retention=Retention(
             history=table.duration("history", base.retention.history, minimum=60),
             journal_limit=table.size("journal_limit", base.retention.journal_limit, minimum=GiB // 4),
@@ -122,6 +126,15 @@ def read_cycle_interval(table: Table) -> float:
     return table.duration(
         "checkpoint_interval", CYCLE_INTERVAL, minimum=MINIMUM_CYCLE_INTERVAL, maximum=MAXIMUM_CYCLE_INTERVAL
     )
+
+
+def read_spill(table: Table, default: int) -> int:
+    """`spill_size` in bytes, 0 for none. Raises ConfigInvalid."""
+    size = table.size("spill_size", default)
+    if 0 < size < MINIMUM_SPILL:
+        hint = f'at least {format_bytes(MINIMUM_SPILL)}, or "0 B" for none'
+        raise table.error("spill_size", f"{format_bytes(size)} is too small", hint=hint)
+    return size
 
 
 def read_interval(table: Table, default: float) -> float:

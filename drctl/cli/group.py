@@ -194,7 +194,7 @@ def _spell(key: str, value: Any) -> str:
     """A setting as people read it."""
     if key in ("checkpoint_interval", "history", "lock"):
         return render.duration(value)
-    if key in ("journal_limit", "ring_size"):
+    if key in ("journal_limit", "ring_size", "spill_size"):
         return render.size(value)
     if key in ("networks", "test_networks"):
         return ", ".join(f"{here} -> {there}" for here, there in value) or "-"

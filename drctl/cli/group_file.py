@@ -6,7 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from drctl.cli.config import CYCLE_INTERVAL, MINIMUM_RING, NAME, Config, Defaults, read_cycle_interval, read_interval
+from drctl.cli.config import (
+    CYCLE_INTERVAL,
+    MINIMUM_RING,
+    NAME,
+    Config,
+    Defaults,
+    read_cycle_interval,
+    read_interval,
+    read_spill,
+)
 from drctl.cli.limit_file import read_limits
 from drctl.errors import ConfigInvalid, NotFound
 from drctl.model.bandwidth import Priority
@@ -80,6 +89,7 @@ def decode_group(table: Table, config: Config) -> GroupSpec:
         checkpoint_interval=_interval(table, config, source_host),
         retention=_retention(table.table("retention"), config.defaults),
         ring_size=table.size("ring_size", config.defaults.ring_size, minimum=MINIMUM_RING),
+        spill_size=read_spill(table, config.defaults.spill_size),
         networks=table.mapping("networks"),
         test_networks=table.mapping("test_networks"),
         boot_without_peer=table.choice("boot_without_peer", [*BootPolicy], BootPolicy.WAIT.value),

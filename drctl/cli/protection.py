@@ -5,10 +5,13 @@ clock of that site; when that site can't be asked it is unknown (None), never 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 Status = dict[str, Any]
 UNPROTECTED = "it runs at the recovery site now and is replicated nowhere"
+#: Phases in which nothing is sent, so neither link nor backlog means anything.
+_STILL = ("unprotected", "paused")
 
 
 def merge(group: str, source: Status | None, recovery: Status | None, now: float) -> Status:
@@ -35,7 +38,9 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "backlog_bytes": _get(source, "backlog_bytes"),
         "lock": _part(recovery, "lock", ("seconds", "until")),
         "sync": _get(source, "sync"),
-        "ring": _part(source, "ring", ("size", "used")),
+        "ring": _part(source, "ring", ("size", "used", "dropping")),
+        "spill": _part(source, "spill", ("size", "used", "state", "error")),
+        "dirty_map": _part(source, "dirty_map", ("size", "used")),
         "machines": _get(source, "machines") or [],
         "boot": _part(source, "boot", ("state", "reason", "autostart")),
         "strays": _get(source, "strays"),
@@ -103,6 +108,11 @@ def describe(picture: Status) -> str:
     if picture["recovery_mode"] == "failed-over":
         return "failed-over"
     return str(picture["phase"] or "unknown")
+
+
+def sends_nothing(picture: Mapping[str, Any]) -> bool:
+    """Whether no stream of the group runs, so that the source has nothing to say of one."""
+    return picture["recovery_mode"] == "failed-over" or picture["phase"] in _STILL
 
 
 def sync_share(sync: Status | None) -> float | None:

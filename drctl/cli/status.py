@@ -12,14 +12,12 @@ from drctl.cli.context import Context
 from drctl.cli.diagnosis import SKEW_WARNING
 from drctl.cli.inventory import Answer, Inventory, Place, ask, in_parallel, take_inventory
 from drctl.cli.options import Format, MaybeGroup, Output, begin, examples, noun
-from drctl.cli.protection import describe, merge, sync_share
+from drctl.cli.protection import describe, merge, sends_nothing, sync_share
 from drctl.errors import ApplianceUnreachable, NotFound
 from drctl.model.bandwidth import format_rate
 
 app = noun("Show how groups are protected.")
 
-#: Phases in which nothing is sent, so neither link nor backlog means anything.
-_STILL = ("unprotected", "paused")
 #: Seconds between two pictures of `--watch`.
 WATCH = 2.0
 
@@ -156,6 +154,7 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         *_lock(picture["lock"] or {}),
         ("journal", f"{render.size(journal.get('bytes'))} of {render.size(journal.get('limit'))}"),
         ("backlog", _told_by_source(picture, render.size(picture["backlog_bytes"]))),
+        *_buffers(picture),
         ("link", _told_by_source(picture, _link(link))),
     ]
 
@@ -165,6 +164,22 @@ def _lock(lock: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     until = f"; what there is now until {render.moment(lock['until'])}" if lock.get("until") else ""
     return [("retention lock", f"{render.duration(lock['seconds'])}{until}")]
+
+
+def _buffers(picture: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a backlog lies: in the ring, then in the spill, and what did neither fit in the dirty map."""
+    lines = []
+    for title, key in (("ring", "ring"), ("spill", "spill"), ("dirty map", "dirty_map")):
+        part = picture.get(key)
+        if not part or part.get("size") is None or part.get("state") == "off":
+            continue
+        text = f"{render.size(part.get('used'))} of {render.size(part['size'])}"
+        if part.get("dropping"):
+            text += ", full: what is written goes into the dirty map"
+        if part.get("state") in ("full", "failed"):
+            text += f", {part['state']}" + (f": {part['error']}" if part.get("error") else "")
+        lines.append((title, text))
+    return lines
 
 
 def _boot(picture: dict[str, Any]) -> list[tuple[str, str]]:
@@ -234,7 +249,7 @@ def _rpo(picture: dict[str, Any]) -> str:
 
 def _told_by_source(picture: dict[str, Any], text: str) -> str:
     """A dash where the source side has nothing to say: no stream runs."""
-    return "-" if picture["recovery_mode"] == "failed-over" or picture["phase"] in _STILL else text
+    return "-" if sends_nothing(picture) else text
 
 
 def _link(link: dict[str, Any]) -> str:

@@ -52,7 +52,8 @@ class GroupSpec:
     """What the operator wrote in `groups/NAME.toml`. Intervals in seconds.
 
     `networks` maps a source network to its name at the recovery site, `test_networks` the same for tests
-    (a network not named there is cut off in a test). `limits` bounds what its stream may send (the first one whose
+    (a network not named there is cut off in a test). `spill_size` bounds, in bytes on the source's disk, what the ring
+    can't hold (0: nothing goes there). `limits` bounds what its stream may send (the first one whose
     window is open counts), `priority` its part of a link that is limited."""
 
     name: str
@@ -64,6 +65,7 @@ class GroupSpec:
     checkpoint_interval: float = 5.0
     retention: Retention = field(default_factory=Retention)
     ring_size: int = 256 * 1024 * 1024
+    spill_size: int = GiB
     networks: tuple[tuple[str, str], ...] = ()
     test_networks: tuple[tuple[str, str], ...] = ()
     boot_without_peer: str = BootPolicy.WAIT.value

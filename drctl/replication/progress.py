@@ -22,6 +22,9 @@ from drctl.replication.marks import Mark, Marks, RingView
 from drctl.replication.sync_progress import Read, Sync, SyncState
 from drctl.wire.link import Ack, SyncPlace, Welcome
 
+#: Added to the name of a pass that has to begin anew.
+AGAIN = ".again"
+
 
 class Needs(StrEnum):
     """What the receiver lacks before marks make sense. UNKNOWN: it was not asked yet."""
@@ -120,6 +123,8 @@ class Progress:
         self._sync_was_last = False
         self._first_mark_kind = ""
         self._told_sync = ""
+        #: A pass that the receiver knows of, and that must not be gone on with.
+        self._void_sync = ""
         self._ordered = False
         self.lost_at_receiver = False
         #: Records that it had acknowledged are lost at the receiver: nothing but a pass over all disks heals that.
@@ -130,6 +135,18 @@ class Progress:
         self.records_first = False
 
     # events
+
+    def restored(self, marks: Sequence[Mark], last_number: int) -> None:
+        """Before the first connection: an earlier process has seen that all was whole at the other side, and planned
+        these marks since."""
+        self.needs = Needs.NOTHING
+        self.marks.pending.extend(marks)
+        self.marks.last_number = last_number
+
+    def lose(self, upto: int) -> None:
+        """Records up to `upto` can't be sent any more. Not while connected: what the receiver lacks of them the next
+        connection tells."""
+        self.released = max(self.released, upto)
 
     def look(self, view: RingView) -> None:
         """What the ring shows now."""
@@ -150,7 +167,7 @@ class Progress:
         self._must_pass |= self.lost_at_receiver
         self.receiver_number = welcome.last_number
         if self.lost_at_receiver:
-            self._forget_receiver()
+            self._forget_receiver(welcome.sync)
             welcome = Welcome(
                 position=welcome.position,
                 last_number=welcome.last_number,
@@ -189,11 +206,15 @@ class Progress:
         ours = self.sync is not None and self.sync.mode == Needs.DIRTY and self.sync.id == welcome.sync.id
         return Needs.NOTHING if ours else needs
 
-    def _forget_receiver(self) -> None:
-        """It has less than it acknowledged once (another disk, a restored backup): nothing of before counts."""
-        self.marks.fail_all("the receiver lost acknowledged records")
-        if self.sync is not None and self.sync.mode == Needs.DIRTY:
+    def _forget_receiver(self, place: SyncPlace | None) -> None:
+        """It has less than it acknowledged once (another disk, a restored backup), or than we can still send: nothing
+        of before counts, no pass that it has begun or ended either."""
+        self.marks.fail_all("records are lost that the receiver lacks")
+        self._void_sync = place.id if place is not None else ""
+        if self.sync is not None and (self.sync.mode == Needs.DIRTY or not self.sync.active):
             self.sync = None
+        elif self.sync is not None:
+            self.sync.id += AGAIN
 
     def disconnected(self) -> None:
         self.connected = False
@@ -233,6 +254,8 @@ class Progress:
             raise WrongPhase(f"a {self.sync.mode} sync is running already")
         place = self.remote_sync
         self.sync = sync
+        if sync.id == self._void_sync:
+            sync.id += AGAIN
         if place is not None and place.id == sync.id:
             sync.resume_at(place)
             sync.durable(place)

@@ -29,6 +29,7 @@ from drctl.replication import control, heap, link
 from drctl.replication.disk_connection import Export
 from drctl.replication.framing import Stamp
 from drctl.replication.marks import Mark
+from drctl.replication.overflow import Overflow
 from drctl.replication.priority import Priority
 from drctl.replication.progress import Progress
 from drctl.replication.reader import Pace, Peer, Reader
@@ -60,14 +61,17 @@ class Shipper:
         ring = RingPort(Path(config.ring), Path(config.bell))
         definition = Definition(Path(config.definition))
         definition.load()
-        progress = Progress(ring.epoch, ring.released, definition.version)
+        overflow = Overflow(config, ring)
+        progress = Progress(ring.epoch, overflow.start, definition.version)
+        overflow.attach(progress)
         progress.look(ring.look())
         throttle = Throttle(config)
-        self.state = ShipperState(config, ring, progress, definition, Stamp(ring.generation, ring.epoch), throttle)
+        stamp = Stamp(ring.generation, ring.epoch)
+        self.state = ShipperState(config, ring, overflow, progress, definition, stamp, throttle)
         self._cutter = MarkCutter(self.state)
         self._witness = Witness(self.state)
         peer = Peer(
-            self.state.exchange, lambda: progress.cursor, throttle.room, lambda: throttle.behind(ring.used_bytes())
+            self.state.exchange, lambda: progress.cursor, throttle.room, lambda: throttle.behind(self.state.backlog())
         )
         reader = Reader(ring, peer, self.state.moved, self.state.wake.set, Pace(config.read_limit))
         self._pace = reader.pace
@@ -83,7 +87,7 @@ class Shipper:
         self.state.ring.attach(self.state.wake)
         server = await control.serve(Path(self.state.config.control), self._handlers())
         async with asyncio.TaskGroup() as tasks:
-            parts = [self._keep_link(), self._beat()]
+            parts = [self._keep_link(), self._beat(), self.state.overflow.run()]
             if self.state.config.clock:
                 parts.append(self._cutter.run())
             if self.state.config.supervisor:
@@ -166,6 +170,8 @@ class Shipper:
             log.warning("link: %s", exc)
         self.state.link.change(kind, exc)
         self.state.changed.set()
+        if self.state.overflow.lost():
+            return False
         return kind is not LinkState.CONNECTING
 
     # control

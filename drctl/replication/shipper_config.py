@@ -22,7 +22,10 @@ class ShipperConfig(msgspec.Struct, frozen=True):
     takes snapshots. `read_limit`: bytes a second for the reader, 0: none.
 
     `limits` and `priority` are the group's; `links` is the file with the limits of links, `site` the other one's name
-    in it, and `share` the table by which this host's shippers share the link."""
+    in it, and `share` the table by which this host's shippers share the link.
+
+    `spill` is a directory for what the ring can't hold (empty: none), `spill_size` its bytes at most (0: nothing new
+    goes there), `spill_key` the file with its key, which lies in memory beside the ring."""
 
     group: str
     host: str
@@ -44,6 +47,9 @@ class ShipperConfig(msgspec.Struct, frozen=True):
     links: str = ""
     share: str = ""
     site: str = ""
+    spill: str = ""
+    spill_key: str = ""
+    spill_size: int = 0
 
 
 def load_config(path: Path) -> ShipperConfig:

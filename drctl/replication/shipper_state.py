@@ -15,7 +15,8 @@ from drctl.errors import DrctlError, SetupFailed
 from drctl.replication.clock_offset import ClockOffset
 from drctl.replication.framing import Stamp
 from drctl.replication.marks import Mark
-from drctl.replication.progress import Progress
+from drctl.replication.overflow import Overflow
+from drctl.replication.progress import AGAIN, Progress
 from drctl.replication.ring_port import RingPort
 from drctl.replication.shipper_config import ShipperConfig
 from drctl.replication.signature_exchange import SignatureExchange
@@ -102,6 +103,7 @@ class ShipperState:
 
     config: ShipperConfig
     ring: RingPort
+    overflow: Overflow
     progress: Progress
     definition: Definition
     stamp: Stamp
@@ -133,6 +135,10 @@ class ShipperState:
     shipped_records: int = 0
     shipped_bytes: int = 0
 
+    def backlog(self) -> int:
+        """Bytes in ring and spill that the receiver has not acknowledged."""
+        return self.ring.used_bytes() + self.overflow.waiting
+
     def settle(self) -> None:
         """Tell those who wait what became of their marks."""
         settled, self.progress.marks.settled = self.progress.marks.settled, []
@@ -148,6 +154,7 @@ def status(state: ShipperState) -> dict[str, Any]:
     """What the shipper's `status` and its reports say. Times are the source's wall clock unless named otherwise."""
     ring, progress, config = state.ring, state.progress, state.config
     view = ring.look()
+    progress.look(view)
     newest = progress.marks.newest
     return {
         "group": config.group,
@@ -179,8 +186,10 @@ def status(state: ShipperState) -> dict[str, Any]:
             "dropping": view.dropping,
             "dropped": view.dropped,
             "dirty_bytes": ring.dirty_bytes() if progress.dirty_outstanding else 0,
+            "dirty_limit": sum(ring.disks.values()),
         },
-        "backlog_bytes": ring.used_bytes(),
+        "spill": state.overflow.told(),
+        "backlog_bytes": state.backlog(),
         "order": {"ordered": view.ordered, "stamp": view.order_stamp, "ordered_stamp": view.ordered_stamp},
         "needs": progress.wants.value,
         "receiver_number": progress.receiver_number,
@@ -237,7 +246,7 @@ def _sync(state: ShipperState) -> dict[str, Any]:
         "job": state.sync_job,
         "error": state.sync_error,
         "mode": sync.mode if sync else None,
-        "id": sync.id if sync else None,
+        "id": sync.id.removesuffix(AGAIN) if sync else None,
         "state": sync.state.value if sync else None,
         "done_bytes": sync.done_bytes if sync else 0,
         "total_bytes": sync.total if sync else 0,

@@ -86,7 +86,9 @@ class StreamSender:
 
     def _drop_steps(self) -> None:
         while not self._steps.empty():
-            self._steps.get_nowait().cancel()
+            step = self._steps.get_nowait()
+            if not step.cancel() and not step.cancelled():
+                step.exception()  # of a step behind the one that ended the connection, so nobody asks for it
 
     async def _greet(self) -> None:
         state, config = self._state, self._state.config
@@ -122,7 +124,6 @@ class StreamSender:
         state.progress.look(state.ring.look())
         state.progress.welcomed(welcome)
         self._signature_key = bytes.fromhex(welcome.signature_key)
-        state.ring.release(state.progress.released)
         self._settled()
         for message in messages[1:]:
             self._take(message)
@@ -185,6 +186,12 @@ class StreamSender:
 
     def _records(self, step: SendRecords) -> _Messages:
         state = self._state
+        if (chunk := state.overflow.chunk_after(step.after)) is not None:
+            last = min(chunk.last, step.upto)
+            state.progress.shipped(last)
+            state.shipped_records += last - step.after
+            state.shipped_bytes += chunk.length
+            return self._in_worker(state.overflow.frames, chunk, step.after, last)
         batch = state.ring.batch(step.after, step.upto, state.throttle.step_bytes, STEP_RECORDS)
         assert batch is not None
         state.progress.shipped(batch.last)
@@ -192,7 +199,9 @@ class StreamSender:
             state.watch.note(batch.descriptors)
         state.shipped_records += len(batch)
         state.shipped_bytes += len(batch.data)
-        return self._in_worker(_verified, state.stamp, batch)
+        packed = self._in_worker(_verified, state.stamp, batch)
+        state.overflow.lend(batch, packed)
+        return packed
 
     def _blocks(self, step: SendSyncData) -> _Messages:
         read, stamp = step.read, self._state.stamp
@@ -270,7 +279,6 @@ class StreamSender:
         if isinstance(message, wire.Ack):
             state.link.refusal = None
             state.progress.acknowledged(message)
-            state.ring.release(min(state.progress.released, state.ring.published))
             state.journal = message.journal
             self._settled()
         elif isinstance(message, wire.Pong):
@@ -282,6 +290,7 @@ class StreamSender:
             raise _refusal(message)
 
     def _settled(self) -> None:
+        self._state.overflow.settle()
         self._state.settle()
         self._state.wake.set()
         self._state.moved.set()

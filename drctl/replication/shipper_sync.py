@@ -152,6 +152,7 @@ class SyncJob:
 
         def watch(wanted: WriteWatch | None) -> None:
             state.watch = wanted
+            state.overflow.watch = wanted.note if wanted is not None else lambda _: None
 
         def tell() -> None:
             state.verdict = verification.verdict

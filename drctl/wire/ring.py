@@ -75,7 +75,7 @@ class Word(IntEnum):
     TAP_PID = 6  # [tap]
     HEARTBEAT = 7  # [tap] CLOCK_MONOTONIC nanoseconds, at least every 100 ms
     PUBLISHED = 8  # [tap] sequence of the newest whole record, 0 at first
-    RELEASED = 9  # [shipper] all up to here is durable at the other site
+    RELEASED = 9  # [shipper] all up to here is durable at the other site, or in the spill (store/spill.py)
     DATA_HEAD = 10  # [tap] next data_position
     ORDER_STAMP = 11  # [tap] +1 at every loss of order, before another write is accepted
     ORDERED_STAMP = 12  # [supervisor] the ORDER_STAMP for which order was proven

@@ -225,7 +225,9 @@ class FakeAppliance:
             "backlog_bytes": 4096,
             "sync": None,
             "machines": [{"name": name, "state": "running", "disks": disks} for name in spec["machines"]],
-            "ring": {"size": 2**28, "used": 4096},
+            "ring": {"size": 2**28, "used": 4096, "dropping": False},
+            "spill": {"size": 2**30, "used": 0, "state": "empty", "error": ""},
+            "dirty_map": {"size": 2**33, "used": 0},
             "evacuated": self._evacuated(),
         }
 

@@ -140,6 +140,39 @@ def test_the_journal(web):
     assert split(web("check", "journal", "web"))[0] == 3
 
 
+def source(web, **changes):
+    web.alpha.replies["group.status"] = lambda params, _: web.alpha._source_status(params["group"]) | changes
+
+
+def test_the_backlog(web):
+    code, text, perf = split(web("check", "backlog", "web"))
+    assert (code, text) == (0, "DRCTL BACKLOG OK: web: backlog 4.0 KiB of 1.2 GiB")
+    assert perf == [
+        "'web backlog'=0%;50;90;0;100",
+        f"'web ring'=4096B;;;0;{2**28}",
+        f"'web spill'=0B;;;0;{2**30}",
+        f"'web dirty_map'=0B;;;0;{2**33}",
+    ]
+    held = {"size": 2**30, "used": 2**29 + 2**28, "state": "holding", "error": ""}
+    source(web, spill=held)
+    assert split(web("check", "backlog", "web"))[0] == 1
+    assert split(web("check", "backlog", "web", "--critical", "50"))[0] == 2
+    source(web, spill={"size": 2**30, "used": 0, "state": "failed", "error": "no room there"})
+    code, text, _ = split(web("check", "backlog", "web"))
+    assert code == 1
+    assert "the spill fails: no room there" in text
+    source(web, dirty_map={"size": 2**33, "used": 8192})
+    code, text, _ = split(web("check", "backlog", "web"))
+    assert code == 2
+    assert "8.0 KiB dropped" in text
+    source(web, phase="paused", ring=None)
+    assert split(web("check", "backlog", "web"))[0] == 0
+    source(web, ring=None)
+    assert split(web("check", "backlog", "web"))[0] == 3
+    web.alpha.down = True
+    assert split(web("check", "backlog", "web"))[0] == 3
+
+
 def info(appliance, **changes):
     appliance.replies["appliance.info"] = appliance._appliance_info({}) | changes
 

@@ -74,11 +74,12 @@ lan = "lab-lan"
 
 def test_defaults_of_the_configuration_reach_the_groups(place: Path) -> None:
     (place / "drctl.toml").write_text(
-        CONFIG + '[defaults]\ncheckpoint_interval = "2s"\nhistory = "3d"\nring_size = "32 MiB"\n'
+        CONFIG + '[defaults]\ncheckpoint_interval = "2s"\nhistory = "3d"\nring_size = "32 MiB"\nspill_size = "2 GiB"\n'
     )
     write_group(place, WEB.replace('checkpoint_interval = "5s"\n', ""))
     spec = read_group(load_config(place), "web")
     assert (spec.checkpoint_interval, spec.retention.history, spec.ring_size) == (2.0, 3 * 86400, 32 * MiB)
+    assert spec.spill_size == 2048 * MiB
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def test_defaults_of_the_configuration_reach_the_groups(place: Path) -> None:
         ('"5s"', '"100ms"', "groups/web.toml:5: checkpoint_interval: 100 ms is out of range | at least 500 ms, at most 1m"),
         ('"5s"', '"2m"', "groups/web.toml:5: checkpoint_interval: 2m is out of range | at least 500 ms, at most 1m"),
         ('"5s"', "5", "groups/web.toml:5: checkpoint_interval: '5' is not a duration; write e.g. 500ms, 5s, 10m, 1h30m, 7d"),
+        ('"5s"', '"5s"\nspill_size = "1 MiB"', 'groups/web.toml:6: spill_size: 1.0 MiB is too small | at least 64.0 MiB, or "0 B" for none'),
         ("[networks]", "[netwroks]", "groups/web.toml:7: netwroks: unknown key | did you mean 'networks'?"),
         ('name = "web"', 'name = "shop"', "groups/web.toml:1: name: is 'shop', but the file is web.toml | rename it to shop.toml"),
         ('name = "web"', 'name = "we b"', "groups/web.toml:1: name: 'we b' is not allowed | write e.g. web"),

@@ -118,6 +118,21 @@ def test_a_running_sync_is_shown_with_its_share(world) -> None:
     assert "syncing 25 %" in world("status").out
 
 
+def test_it_tells_where_the_backlog_lies(world) -> None:
+    """Ring, spill and dirty map, each with its bound, and what is wrong with them."""
+    world.applied()
+    full = {"size": 2**30, "used": 2**30, "state": "full", "error": ""}
+    parts = {"ring": {"size": 2**28, "used": 2**28, "dropping": True}, "spill": full}
+    parts["dirty_map"] = {"size": 2**33, "used": 2**20}
+    world.alpha.replies["group.status"] = lambda params, _: world.alpha._source_status(params["group"]) | parts
+    told = world("status", "web").out
+    assert "256.0 MiB of 256.0 MiB, full: what is written goes into the dirty map" in told
+    assert "1.0 GiB of 1.0 GiB, full\n" in told
+    assert "1.0 MiB of 8.0 GiB" in told
+    parts["spill"] = full | {"used": 0, "state": "failed", "error": "no room there"}
+    assert "0 B of 1.0 GiB, failed: no room there" in world("status", "web").out
+
+
 def test_the_link_tells_why_it_is_down(world) -> None:
     world.applied()
     status = world.alpha.call("group.status", {"group": "web"})

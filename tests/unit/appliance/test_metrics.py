@@ -32,6 +32,8 @@ SOURCE = {
     "link": {"state": "connected", "offset_ms": -250.0},
     "backlog_bytes": 4096,
     "ring": {"size": 2**24, "used": 0},
+    "spill": {"size": 2**30, "used": 8192, "state": "failed", "error": "no room"},
+    "dirty_map": {"size": 2**33, "used": 4096},
     "sync": {"done_bytes": 1, "total_bytes": 2},
     "strays": ["web-1"],
     "boot": {"state": "waiting"},
@@ -61,6 +63,9 @@ def test_what_is_known_is_told():
     assert found['drctl_group_phase{group="web",phase="live"}'] == 1
     assert sum(value for name, value in found.items() if name.startswith("drctl_group_phase{")) == 1
     assert found['drctl_group_strays{group="web"}'] == 1
+    assert found['drctl_spill_bytes{group="web"}'] == 8192
+    assert found['drctl_spill_failed{group="web"}'] == 1
+    assert found['drctl_dirty_map_limit_bytes{group="web"}'] == 2**33
     assert found['drctl_group_boot_unfinished{group="web"}'] == 1
     assert found['drctl_clock_offset_seconds{group="web"}'] == -0.25
     assert found['drctl_findings{severity="warning"}'] == 2

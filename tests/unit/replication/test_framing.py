@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drctl.errors import ProtocolViolation
+from drctl.errors import IntegrityError, ProtocolViolation
 from drctl.model.extent import FRAME_PAYLOAD
 from drctl.replication import framing
 from drctl.replication.framing import Stamp
@@ -146,3 +148,31 @@ def test_every_level_is_unpacked_to_the_same(level):
     disks, headers = replay(framing.frames_of_blocks(STAMP, 1, 1, 0, data, level))
     assert disks[1][: len(data)] == data
     assert (headers[0].stored_length < len(data)) == (level is not None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(records, st.integers(99, 141), st.integers(99, 141))
+def test_frames_between_hold_exactly_those_records(written, one, other):
+    """As if only those had been framed, whatever the boundaries of the frames were."""
+    after, upto = min(one, other), max(one, other)
+    first, last = max(100, after + 1), min(99 + len(written), upto)
+    whole = sent(framing.frames_of_batch(STAMP, batch_of(written)))
+    control = sent([framing.control_frame(STAMP, FrameKind.MARK, 0, {"number": 1})])
+    found = framing.frames_between(memoryview(whole + control), after, upto, "test")
+    if first > last:
+        assert found == []
+        return
+    disks, headers = replay(found)
+    wanted, _ = replay(framing.frames_of_batch(STAMP, batch_of(written[first - 100 : last - 99], first)))
+    assert disks == wanted
+    assert headers[0].first_sequence == first
+    assert headers[-1].last_sequence == last
+    for before, behind in pairwise(headers):
+        assert behind.first_sequence == before.last_sequence + (0 if before.partial else 1)
+
+
+def test_frames_between_checks_what_it_hands_on():
+    whole = bytearray(sent(framing.frames_of_batch(STAMP, batch_of([(1, 0, 8, False, b"ab")]))))
+    whole[-1] ^= 1
+    with pytest.raises(IntegrityError):
+        framing.frames_between(memoryview(whole), 0, 1000, "test")
