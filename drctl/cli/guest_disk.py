@@ -130,7 +130,7 @@ def pick(found: list[Volume], number: int | None) -> Volume:
 
 
 #: For volumes in volumes: LVM, RAID, encryption.
-_OTHER = "drctl checkpoint serve, and guestfish (libguestfs-tools) on what it serves"
+_OTHER = "with libguestfs (libguestfs-tools, guestmount) LVM and RAID are looked into; encrypted: drctl checkpoint serve"
 
 
 def _demand_mountable(volume: Volume) -> Volume:

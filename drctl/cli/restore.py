@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from drctl.cli import guest_disk, guest_tree, points, render
+from drctl.cli import guest_disk, guest_fish, guest_tree, points, render
 from drctl.cli.confirm import propose
 from drctl.cli.context import Context
 from drctl.cli.image_export import ImageFormat, Target, demand_directory, demand_room, demand_tool, export_image, needed
 from drctl.cli.inventory import side
 from drctl.cli.options import DryRun, Selector, Yes, begin, examples, noun
 from drctl.cli.serving import served
-from drctl.errors import PreconditionFailed
+from drctl.errors import PreconditionFailed, SetupFailed
 from drctl.model.checkpoint import Checkpoint
 from drctl.model.site import Host
 from drctl.plan.output import tame_line
@@ -28,6 +29,14 @@ PASSED = 20
 DiskName = Annotated[
     str, typer.Argument(metavar="DISK", help="GROUP/VM/DISK, e.g. web/db/vda (see: drctl group show).")
 ]
+
+
+class Reader(StrEnum):
+    """Who reads a guest's file system."""
+
+    AUTO = "auto"
+    LIBGUESTFS = "libguestfs"
+    KERNEL = "kernel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +136,17 @@ def files(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where they are put; none is overwritten.")
     ] = None,
     partition: Annotated[
-        int | None,
-        typer.Option("--partition", metavar="N", min=0, help="Where the disk has several file systems; 0: no table."),
-    ] = None,
+        str,
+        typer.Option("--partition", metavar="N", help="Where there are several; 0: no table; a name: /dev/vg/root."),
+    ] = "",
     listing: Annotated[bool, typer.Option("--list", help="Only show what is there.")] = False,
     scratch: Annotated[
         Path, typer.Option("--scratch", metavar="DIR", help="Where the layer over the disk is, until the end.")
     ] = Path("/var/tmp"),
+    reader: Annotated[
+        Reader,
+        typer.Option("--by", metavar="auto|libguestfs|kernel", help="Who reads the file system.", show_default=True),
+    ] = Reader.AUTO,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
@@ -141,8 +154,9 @@ def files(
 
     The disk is mounted read-only, below a layer that is thrown away: its file system may replay its journal as after a
     power cut. Links are followed as the guest would, never out of its disk; devices are passed over, set-user-ID bits
-    dropped. This host's kernel reads the guest's file system: for a guest that may have been taken over use a host that
-    can be spared. To be run on the recovery host, as root. LVM, RAID and encrypted volumes are not looked into."""
+    dropped. Where libguestfs is installed a small machine of its own reads the file system, and LVM and RAID are looked
+    into, too; else, or where it can't start, this host's kernel does, as root: for a guest that may have been broken
+    into use a host that can be spared. To be run on the recovery host."""
     context = begin(ctx)
     wanted = list(paths or [])
     listing = listing or not wanted
@@ -154,21 +168,65 @@ def files(
         steps = [f"copy {what} of {source.disk}, as of #{source.checkpoint.number}, into {directory}"]
         if not propose(context.screen, steps, dry_run=dry_run, yes=yes):
             return
-    guest_disk.demand_tools()
+    fish = reader is Reader.LIBGUESTFS or (reader is Reader.AUTO and guest_fish.present())
+    (guest_fish if fish else guest_disk).demand_tools()
     if directory is not None:
         demand_directory(directory)
+    order = _Order(context, wanted, None if listing else directory, partition, scratch)
     with served(context, source.host, **source.params) as service:
-        with guest_disk.opened(service.uri(source.disk), scratch) as file:
-            found = guest_disk.volumes(file)
-            if not wanted:
-                _show_volumes(context, found)
-            with guest_disk.mounted(file, guest_disk.pick(found, partition), scratch) as root:
-                if listing:
-                    _show(context, root, wanted or ["/"])
-                else:
-                    assert directory is not None
-                    _copy(context, root, wanted, directory)
+        uri = service.uri(source.disk)
+        if not fish or not order.by_libguestfs(uri, must=reader is Reader.LIBGUESTFS):
+            order.by_kernel(uri)
         service.check()
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is wanted of a disk; without a `directory` it is shown."""
+
+    context: Context
+    wanted: list[str]
+    directory: Path | None
+    partition: str
+    scratch: Path
+
+    def by_libguestfs(self, uri: str, *, must: bool) -> bool:
+        """False when its machine can't start and it need not be. Raises SetupFailed when it `must`."""
+        try:
+            found = guest_fish.file_systems(uri)
+        except SetupFailed as exc:
+            if must:
+                raise
+            self.context.screen.say(f"{exc.message}; this host's kernel reads the disk instead")
+            guest_disk.demand_tools()
+            return False
+        if not self.wanted:
+            rows = [(tame_line(one.name), tame_line(one.kind)) for one in found]
+            self.context.screen.table(("partition", "file system"), rows, "nothing is on it")
+            self.context.screen.line()
+        with guest_fish.mounted(uri, guest_fish.pick(found, self.partition).name, self.scratch) as root:
+            self._carry_out(root)
+        return True
+
+    def by_kernel(self, uri: str) -> None:
+        number = int(self.partition) if self.partition.isdigit() else None
+        if self.partition and number is None:
+            raise PreconditionFailed(
+                f"only libguestfs knows {self.partition}; this host's kernel is asked by a partition's number",
+                hint=f"install: {guest_fish.PACKAGES}",
+            )
+        with guest_disk.opened(uri, self.scratch) as file:
+            found = guest_disk.volumes(file)
+            if not self.wanted:
+                _show_volumes(self.context, found)
+            with guest_disk.mounted(file, guest_disk.pick(found, number), self.scratch) as root:
+                self._carry_out(root)
+
+    def _carry_out(self, root: Path) -> None:
+        if self.directory is None:
+            _show(self.context, root, self.wanted or ["/"])
+        else:
+            _copy(self.context, root, self.wanted, self.directory)
 
 
 def _show_volumes(context: Context, found: list[guest_disk.Volume]) -> None:

@@ -96,6 +96,7 @@ def served(tmp_path, disk, capsys, monkeypatch):
             time.sleep(0.05)
 
     world.beta.replies["checkpoint.serve"] = serve
+    monkeypatch.setattr("drctl.cli.guest_fish.present", lambda: False)
     before, threads = hashlib.sha256(disk.read_bytes()).hexdigest(), threading.active_count()
     yield world
     process.terminate()
@@ -156,7 +157,7 @@ def test_a_disk_of_volumes_in_volumes_says_what_can_be_done(tmp_path) -> None:
     found = [guest_disk.Volume(1, 0, MIB, "LVM2_member", ""), guest_disk.Volume(2, MIB, MIB, "swap", "")]
     with pytest.raises(PreconditionFailed, match="no file system that can be mounted") as caught:
         guest_disk.pick(found, None)
-    assert "guestfish" in caught.value.hint
+    assert "guestmount" in caught.value.hint
     two = [guest_disk.Volume(n, n * MIB, MIB, "ext4", "") for n in (1, 2)]
     with pytest.raises(PreconditionFailed, match="several file systems"):
         guest_disk.pick(two, None)
