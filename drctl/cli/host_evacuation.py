@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,8 @@ from drctl.errors import DrctlError, PreconditionFailed, Refused, StepFailed
 from drctl.model.site import Host, HostKind
 
 HostName = Annotated[str, typer.Argument(metavar="HOST", help="The host's name.")]
+#: Longest silence of a return: asking who reigns, attaching, being live, and the start of the first guest.
+RETURN_TIMEOUT = 300.0
 EVACUATE_EXAMPLES = examples(
     "drctl host evacuate a1 --dry-run",
     "drctl host evacuate a1",
@@ -68,7 +71,10 @@ def evacuate(
     with _leases(context, groups, "host evacuate", inventory):
         recoveries = {place.group: f"{place.host.site}/{place.host.name}" for place in kept}
         order: dict[str, Any] = {"shutdown": shutdown, "shutdown_seconds": shutdown_timeout, "recoveries": recoveries}
-        done = context.call(named, "host.evacuate", on_progress=lambda told: _progress(context, told), **order)
+        # So long nothing may be heard: the appliance speaks before and after each guest, and each group.
+        patience = CALL_TIMEOUT + shutdown_timeout
+        tell = partial(_progress, context)
+        done = context.call(named, "host.evacuate", timeout=patience, on_progress=tell, **order)
         failed = dict(done["failed"]) | _each(context, kept, "replicate.pause", "paused")
     _tell_failed(context, failed)
     if not failed:
@@ -103,9 +109,8 @@ def come_back(
     with _leases(context, sorted({*record["sources"], *record["recoveries"]}), "host return", inventory):
         places, unknown = _paused(inventory, record["recoveries"])
         missed = unknown | _each(context, places, "replicate.resume", "attached")
-        done = context.call(
-            named, "host.return", left=sorted(missed), on_progress=lambda told: _progress(context, told)
-        )
+        tell = partial(_progress, context)
+        done = context.call(named, "host.return", timeout=RETURN_TIMEOUT, on_progress=tell, left=sorted(missed))
     failed = dict(done["failed"]) | missed
     _tell_failed(context, failed)
     live = sorted({*done["returned"], *(place.group for place in places)} - {*failed})

@@ -122,3 +122,24 @@ def test_status_and_host_list_show_it(web) -> None:
 def test_return_waits_for_the_groups(web) -> None:
     web("host", "evacuate", "a1", "--yes")
     assert web("host", "return", "a1", "--yes", "--wait").out == "a1 is back\nweb is live\n"
+
+
+def test_a_slow_guest_is_waited_for(web) -> None:
+    """Nothing may be heard for as long as a guest may take; a call ends after 10 s of silence else."""
+    heard: list[float | None] = []
+    plain = web.alpha.call
+
+    def call(method, params=None, *, on_progress=None, timeout=None):
+        if method in ("host.evacuate", "host.return"):
+            heard.append(timeout)
+            on_progress({"step": "machine", "machine": "db", "state": "shutting down"})
+        return plain(method, params, on_progress=on_progress, timeout=timeout)
+
+    web.alpha.call = call
+    result = web("host", "evacuate", "a1", "--shutdown", "--shutdown-timeout", "10m", "--yes")
+    assert "db: shutting down" in result.err
+    assert web("host", "return", "a1", "--yes").code == 0
+    assert heard[0] is not None
+    assert heard[1] is not None
+    assert heard[0] > 600
+    assert heard[1] >= 180
