@@ -163,7 +163,7 @@ class FailbackService:
             machines=finding.machines,
             definition=self._definition(name, finding, disks, params),
             holds=list(earlier.holds) if earlier else [],
-            leftovers=[disk.path for disk in finding.old if self._is_ours(name, disk.path)],
+            leftovers=[path for path in finding.files() if self._is_ours(name, path)],
         )
 
     def _is_ours(self, name: str, path: str) -> bool:

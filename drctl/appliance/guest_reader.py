@@ -91,9 +91,12 @@ class GuestReader:
         self._read: dict[Path, tuple[Stamp, Packed]] = {}
         #: Of machines whose files are costly: when they were looked at, by which definition, and what they are.
         self._looked: dict[str, tuple[float, str, MachineFiles]] = {}
+        #: This host's firmware, read once for all machines.
+        self._offered: list[firmware.Firmware] | None = None
 
     def machines(self, definitions: Mapping[str, str], *, force: bool = False) -> dict[str, MachineFiles]:
         """Files of the machines of one group. Raises HostUnreachable."""
+        self._offered = None
         return fit_budget({name: self._of(name, text, force) for name, text in definitions.items()})
 
     def _of(self, name: str, definition: str, force: bool) -> MachineFiles:
@@ -128,7 +131,9 @@ class GuestReader:
             root = domain_xml.parse(self._host.live_definition(name))
             facts = guest_state.variables(root) or facts
         loader = (root.findtext("os/loader") or "").strip()
-        known = firmware.named(firmware.installed(), loader) if loader else None
+        if self._offered is None:
+            self._offered = firmware.installed()
+        known = firmware.named(self._offered, loader) if loader else None
         features = tuple(sorted(known.features)) if known else ()
         template = known.template if known else ""
         described = Firmware(loader, facts.format, template, features, known is not None)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from drctl.appliance.guest_files import MachineFiles, Packed
 from drctl.appliance.guest_reader import HostFiles
 from drctl.appliance.recovery_ports import Beside, RecoverableMachine
@@ -18,6 +20,8 @@ from drctl.appliance.recovery_state import RecoveredMachine, RecoveryRecord
 from drctl.hypervisor import firmware, guest_state
 from drctl.hypervisor.recovery_firmware import Flash
 
+#: Where an ISO image's primary descriptor has its label.
+_LABEL = 16 * 2048 + 40
 #: What `laid` says of a TPM's state.
 TPM = "tpm"
 
@@ -92,6 +96,17 @@ def beside(source: MachineFiles, where: Places, root: ET.Element, *, variables: 
     if source.tpm is None or facts is None or facts.backend != "emulator":
         return Beside(tuple(files))
     return Beside(tuple(files), source.tpm, facts.version)
+
+
+def without_seeds(files: MachineFiles) -> MachineFiles:
+    """Without the machine's own seeds for cloud-init: of two, cloud-init takes the one that it finds first."""
+    media = {target: packed for target, packed in files.media.items() if not is_seed(packed.contents())}
+    return msgspec.structs.replace(files, media=media)
+
+
+def is_seed(image: bytes) -> bool:
+    """Whether an ISO image has the label that cloud-init looks for."""
+    return image[_LABEL : _LABEL + 32].strip(b" \0").lower() == b"cidata"
 
 
 def lay(images: Putting, host: HostFiles, machine: RecoveredMachine, what: Beside) -> list[str]:

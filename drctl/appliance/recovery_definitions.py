@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from drctl.hypervisor import domain_xml, recovery_fit, recovery_xml
 from drctl.hypervisor.guest_state import SecretRef
 from drctl.hypervisor.seed_drive import insert_seed
 
+_FRESH_SECONDS = 5.0
 _INTERFACES = Path("/sys/class/net")
 _CHARACTER_DEVICES = ("serial", "parallel", "console", "channel")
 
@@ -46,6 +48,7 @@ class LibvirtDefinitions:
         self._views = views
         self._host = host
         self._images = images
+        self._known: tuple[float, recovery_fit.HostFacts | None] = (0.0, None)
 
     def rewrite(self, recovery: RecoveryRecord, machine: RecoveredMachine, source: Recoverable) -> Rewritten:
         found = next((each for each in source.machines if each.name == machine.name), None)
@@ -54,6 +57,8 @@ class LibvirtDefinitions:
         spec = source.spec
         change = recovery.changes.get(machine.name, MachineChange())
         root, files = domain_xml.parse(found.definition), found.files
+        if seed_path(recovery, machine):
+            files = recovery_beside.without_seeds(files)
         where = recovery_beside.places(recovery, machine)
         wanted = recovery_xml.Recovery(
             overlays={disk.target: self._overlay(recovery, disk) for disk in machine.disks},
@@ -94,6 +99,14 @@ class LibvirtDefinitions:
         recovery_beside.clear(self._host.files, machine)
 
     def _facts(self) -> recovery_fit.HostFacts:
+        """What the host is, asked once for all machines of a recovery."""
+        then, facts = self._known
+        if facts is None or time.monotonic() - then > _FRESH_SECONDS:
+            facts = self._ask()
+            self._known = (time.monotonic(), facts)
+        return facts
+
+    def _ask(self) -> recovery_fit.HostFacts:
         emulator = shutil.which("swtpm") is not None
         return recovery_fit.HostFacts(
             self._host.capabilities(),

@@ -113,8 +113,8 @@ class LibvirtFiles:
         if self._direct and not self._system:
             _put(directory, files)
             return
-        owner = _tpm_owner() if self._system else (os.geteuid(), os.getegid())
-        with self._pool(directory, owner=owner) as pool:
+        owner = _tpm_owner() if self._system else None
+        with self._pool(directory, build=True, owner=owner) as pool:
             for name in pool.listVolumes():
                 if name not in files:
                     pool.storageVolLookupByName(name).delete(0)
@@ -149,8 +149,10 @@ class LibvirtFiles:
     # -- pools --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _pool(self, directory: Path, *, owner: tuple[int, int] | None = None) -> Iterator[libvirt.virStoragePool]:
-        """A pool of the directory: one that is there, or one for the moment. With an owner the directory is made.
+    def _pool(
+        self, directory: Path, *, build: bool = False, owner: tuple[int, int] | None = None
+    ) -> Iterator[libvirt.virStoragePool]:
+        """A pool of the directory: one that is there, or one for the moment. `build`: the directory is made.
 
         Raises NotFound when there is no such directory."""
         with self._connection.translated():
@@ -158,7 +160,7 @@ class LibvirtFiles:
             pool = _known_pool(connection, directory)
             ours = pool is None
             if pool is None:
-                flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD if owner is not None else 0
+                flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD if build else 0
                 try:
                     pool = connection.storagePoolCreateXML(_pool_xml(directory, owner), flags)
                 except libvirt.libvirtError as exc:
@@ -201,9 +203,8 @@ def _volume(name: str, size: int, owner: tuple[int, int] | None) -> str:
 
 
 def _permissions(mode: str, owner: tuple[int, int] | None) -> str:
-    if owner is None:
-        return ""
-    return f"<permissions><mode>{mode}</mode><owner>{owner[0]}</owner><group>{owner[1]}</group></permissions>"
+    whose = f"<owner>{owner[0]}</owner><group>{owner[1]}</group>" if owner is not None else ""
+    return f"<permissions><mode>{mode}</mode>{whose}</permissions>"
 
 
 def tpm_root(uri: str) -> Path:

@@ -2,11 +2,13 @@
 
 import os
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
-from drctl.errors import HostUnreachable, HypervisorRefused, NotFound
+from drctl.errors import HostUnreachable, HypervisorRefused, IntegrityError, NotFound
 from drctl.hypervisor.attestation import ask
 from drctl.hypervisor.block_graph import MirrorName
 from drctl.hypervisor.qmp import command
@@ -141,7 +143,7 @@ def test_a_pass_reads_a_running_machines_disk_beside_its_mirror(running):
             timeout=60,
         )
         assert read(copy, 4096) == b"\x09" * 4096
-        export_stop(monitor)
+        export_stop(monitor, str(reader))
     assert running.hypervisor.state("m") is MachineState.RUNNING
     assert running.hypervisor.mirror("m", "vda", NAME).inspect().healthy
 
@@ -250,3 +252,57 @@ def test_an_isolated_machine_starts_without_the_networks_of_its_source(bed):
     info = bed.hypervisor.monitor("p", command("human-monitor-command", command_line="info network"))
     assert "user" not in info
     assert bed.hypervisor.state("p") is MachineState.RUNNING
+
+
+@pytest.fixture
+def files(bed):
+    """Its files as an appliance has them that may not open them itself, and a directory of the daemon's own."""
+    from drctl.hypervisor.libvirt_connection import Connection
+    from drctl.hypervisor.libvirt_files import LibvirtFiles
+
+    connection = Connection(bed.daemon.uri)
+    directory = Path(tempfile.mkdtemp(dir=bed.daemon.images))
+    owner = bed.daemon.images.stat()
+    os.chown(directory, owner.st_uid, owner.st_gid)
+    yield LibvirtFiles(connection, direct=False), directory
+    connection.close()
+
+
+def test_files_of_others_are_read_through_libvirt(bed, files):
+    beside, directory = files
+    assert beside.stamps(directory) == {}
+    content = os.urandom(700_000)
+    path = directory / "web_VARS.fd"
+    path.write_bytes(content)
+    os.chown(path, directory.stat().st_uid, directory.stat().st_gid)
+    path.chmod(0o600)
+    assert beside.read(path, 1 << 20) == content
+    stamp = beside.stamp(path)
+    assert (stamp.size, stamp.changed_ns) == (700_000, path.stat().st_mtime_ns)
+    with path.open("r+b") as file:
+        file.write(b"x")
+    assert beside.stamp(path) != stamp
+    assert beside.stamp(directory / "none") is None
+    assert beside.costly(path)
+    with pytest.raises(NotFound):
+        beside.read(directory / "none", 10)
+    with pytest.raises(IntegrityError):
+        beside.read(path, 10)
+    assert beside.stamps(directory / "nowhere") == {}
+
+
+def test_a_directory_is_made_and_removed_through_libvirt(bed, files):
+    beside, directory = files
+    state = directory / "uuid" / "tpm2"
+    beside.put_directory(state, {"old": b"1", "tpm2-00.permall": b"2"})
+    content = os.urandom(300_000)
+    beside.put_directory(state, {"tpm2-00.permall": content})
+    assert [path.name for path in state.iterdir()] == ["tpm2-00.permall"]
+    assert (state / "tpm2-00.permall").read_bytes() == content
+    assert (state / "tpm2-00.permall").stat().st_mode & 0o777 == 0o600
+    assert state.stat().st_mode & 0o777 == 0o700
+    beside.remove_directory(state)
+    assert list(state.iterdir()) == []
+    beside.remove_directory(directory / "nowhere")
+    command = ["virsh", "-q", "-c", bed.daemon.uri, "pool-list", "--all", "--name"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []

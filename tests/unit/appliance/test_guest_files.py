@@ -18,9 +18,10 @@ from drctl.appliance.guest_files import (
     pack,
 )
 from drctl.appliance.guest_reader import GuestReader
-from drctl.appliance.recovery_beside import clear, lay
+from drctl.appliance.recovery_beside import clear, lay, without_seeds
 from drctl.appliance.recovery_images import QemuImages
 from drctl.appliance.recovery_ports import Beside
+from drctl.appliance.seed_image import iso_image
 from drctl.errors import HypervisorRefused, IntegrityError, NotFound, UnsupportedFormat
 from drctl.hypervisor.libvirt_files import LibvirtFiles
 
@@ -245,6 +246,12 @@ def test_files_are_laid_once(host, tmp_path):
     state.write_bytes(b"the guest's own")
     assert lay(QemuImages(), host.files(), one, what) == []
     assert path.read_bytes() == state.read_bytes() == b"the guest's own"
+
+
+def test_of_two_seeds_the_recovery_s_own_is_the_one():
+    seed, other = (pack("/x", iso_image({"user-data": b"x"}, label)) for label in ("cidata", "tools"))
+    files = MachineFiles(media={"sda": seed, "sdb": other})
+    assert without_seeds(files).media == {"sdb": other}
 
 
 def test_a_state_of_an_earlier_reign_is_replaced(host, tmp_path):
