@@ -101,6 +101,7 @@ class EsxAppliance:
         info = appliance_info(self._home, self._guests)
         try:
             info["findings"] += examine(self._guests.inventory())
+            info["findings"] += [finding("info", *each) for each in self._source.remarks()]
         except DrctlError as exc:
             info["findings"] += [finding("error", "host", exc.message, exc.hint)]
         return info

@@ -24,7 +24,8 @@ class EsxDefinition:
 
     def refresh(self, state: GroupState) -> bool:
         """Write the file when something has changed; True when it was written. Raises NotFound, HostUnreachable."""
-        fields = self._fields(state)
+        fields = described(self._guests, state)
+        fields |= {"source_site": self._home.config.site, "source_host": self._home.config.host}
         old = self._load()
         version = int(old.pop("version", 0))
         if old == fields:
@@ -38,22 +39,17 @@ class EsxDefinition:
         except IntegrityError:
             return {}
 
-    def _fields(self, state: GroupState) -> dict[str, Any]:
-        return {
-            "spec": msgspec.to_builtins(state.spec),
-            "machines": [
-                {
-                    "name": name,
-                    "uuid": self._guests.machine(name).uuid,
-                    "definition": self._guests.definition(name),
-                    "files": {},
-                }
-                for name in state.spec.machines
-            ],
-            "disks": [
-                {"number": disk.number, "machine": disk.machine, "target": disk.target, "size": disk.size}
-                for disk in state.disks
-            ],
-            "source_site": self._home.config.site,
-            "source_host": self._home.config.host,
-        }
+
+def described(guests: EsxGuests, state: GroupState) -> dict[str, Any]:
+    """The group, its machines as libvirt would define them, and its disks, as a DEFINITION frame has them.
+
+    Raises NotFound, HostUnreachable."""
+    machines = [
+        {"name": name, "uuid": guests.machine(name).uuid, "definition": guests.definition(name), "files": {}}
+        for name in state.spec.machines
+    ]
+    disks = [
+        {"number": disk.number, "machine": disk.machine, "target": disk.target, "size": disk.size}
+        for disk in state.disks
+    ]
+    return {"spec": msgspec.to_builtins(state.spec), "machines": machines, "disks": disks}

@@ -21,6 +21,7 @@ from drctl.appliance.esx_cycles import Cycles
 from drctl.appliance.esx_definition import EsxDefinition
 from drctl.appliance.esx_guests import EsxGuests
 from drctl.appliance.esx_record import CycleFile
+from drctl.appliance.esx_reign import ReignAsker
 from drctl.appliance.esx_sink import Stream, StreamSink
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.process import Processes
@@ -65,6 +66,7 @@ class EsxProtection:
         self._guests = guests
         self.worker = Worker(home, group, processes)
         self.shipper = ShipperLink(home, self._state, self.worker, clock=False)
+        self._reign = ReignAsker(home)
         self.strays = Strays(guests, home.store)
         self.cycles = Cycles(group, guests, CycleFile(home.groups, group))
         self._definition = EsxDefinition(home, group, guests)
@@ -142,7 +144,7 @@ class EsxProtection:
         with self._lock:
             self._state = change(self._state)
             self._keep()
-            self._left = False
+            self._due, self._left = 0.0, False
         self.wake()
 
     def attest(self) -> str:
@@ -207,6 +209,8 @@ class EsxProtection:
             # No snapshot is taken for a link that is away; those that are there must not fill the datastore.
             self._say(report.reason if report else "the shipper has not reported yet")
             self._watch_space()
+        elif reason := self._reign.superseded(self._state):
+            self._superseded(reason)
         elif due:
             self._cycle()
         else:

@@ -11,6 +11,7 @@ import msgspec
 
 from drctl.appliance.config import Home
 from drctl.appliance.control import Handler, Progress
+from drctl.appliance.esx_definition import described
 from drctl.appliance.esx_guests import EsxGuests
 from drctl.appliance.esx_protection import EsxProtection
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState, spec_from
@@ -24,6 +25,9 @@ from drctl.model.phase import Event, Phase, advance
 START_SECONDS = 30.0
 #: Longest that a stop waits for snapshots to be merged; it goes on by itself afterwards.
 LEAVE_SECONDS = 100.0
+
+
+_NO_HANDOVER = "it is on an ESX host: a switchover from there can't be made by this version"
 
 
 class EsxService:
@@ -52,13 +56,14 @@ class EsxService:
             "group.remove": self.group_remove,
             "group.list": lambda params, _progress: [self._listed(one, params) for one in self.protections()],
             "group.status": lambda params, _progress: status(self.protection(params)),
+            "group.describe": self.group_describe,
             "replicate.start": self.replicate_start,
             "replicate.resume": self.replicate_start,
             "replicate.pause": lambda params, progress: self._leave(params, Desired.PAUSED, progress),
             "replicate.stop": lambda params, progress: self._leave(params, Desired.STOPPED, progress),
             "checkpoint.create": self.checkpoint_create,
             "handover.undo": self.handover_undo,
-            "handover.plan": self._no_handover,
+            "handover.plan": self.handover_plan,
             "handover.run": self._no_handover,
             "shipper.attest": self._attest,
             "shipper.order": lambda _params, _progress: {"reason": "a snapshot cycle proves it at its end"},
@@ -129,6 +134,18 @@ class EsxService:
         self._files.put(spec)
         self._open(spec.name).changed_spec()
         return True
+
+    def group_describe(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """The group's machines as they would travel: the recovery site is asked whether they can run there."""
+        del progress
+        state = self.protection(params).state
+        found = [self._guests.machine(name) for name in state.spec.machines]
+        return described(self._guests, state if state.disks else state.with_machines(found))
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """(machine, what is another where it is recovered), of the machines of all groups. Raises DrctlError."""
+        names = [name for one in self.protections() for name in one.state.spec.machines]
+        return [(name, remark) for name in names for remark in self._guests.domain(name).remarks]
 
     def group_remove(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
@@ -225,11 +242,18 @@ class EsxService:
         protection.change(taken_back)
         return {"group": name, "phase": protection.state.phase.value, "generation": generation, "started": []}
 
+    def handover_plan(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """What a rollback asks, and why a switchover would be refused."""
+        del progress
+        state = self.protection(params).state
+        told = {"group": state.spec.name, "generation": state.generation, "phase": state.phase.value}
+        return told | {"handover": None, "reasons": [_NO_HANDOVER]}
+
     def _no_handover(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
         name = self.protection(params).state.spec.name
         raise Refused(
-            f"{name} is on an ESX host: a switchover from there can't be made by this version",
+            f"{name}: {_NO_HANDOVER}",
             hint=f"shut its machines down there, drctl checkpoint create {name}, then drctl failover {name}",
             group=name,
         )

@@ -104,9 +104,9 @@ class Sites:
         self._thread.start()
         until(loaded.control.exists)
 
-    def start_process(self) -> None:
+    def start_process(self, uri: str = "") -> None:
         """The appliance as a process of its own, over real SSH."""
-        self.write_config(esx_address.render(self.sim.login()))
+        self.write_config(uri or esx_address.render(self.sim.login()))
         with (self.place / "appliance.log").open("ab") as log:
             argv = [sys.executable, "-m", "drctl.appliance.daemon", "--home", str(self.home)]
             self._process = subprocess.Popen(argv, stdout=log, stderr=log)

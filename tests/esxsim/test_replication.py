@@ -122,6 +122,7 @@ def test_each_cycle_is_a_checkpoint(make: Callable[..., World]) -> None:
     assert world.sites.snapshots() == []
 
 
+@pytest.mark.long
 def test_what_is_written_meanwhile_is_in_the_next(make: Callable[..., World]) -> None:
     """The checkpoint's time is not later than its snapshot: RPO is told from what is in it."""
     world = make(MIB)
@@ -226,6 +227,7 @@ def test_where_frozen_layers_can_not_be_read(make: Callable[..., World], base: b
     assert not list(world.vms[0].vmx.parent.glob("drctl.*"))
 
 
+@pytest.mark.long
 def test_a_datastore_that_fills_up_loses_our_snapshots(make: Callable[..., World]) -> None:
     world = make(MIB)
     (store,) = world.sim.hostd.datastores

@@ -5,6 +5,7 @@ What it lacks becomes the nearest, or is left out: `remarks` tell each such thin
 
 from __future__ import annotations
 
+import posixpath
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from drctl.model.machine import Disk, Machine
 _UNITS = {"scsi": 64, "sata": 30, "nvme": 15, "ide": 2}
 _FIRST = {"scsi": 0, "sata": 4 * 64, "nvme": 4 * 64 + 4 * 30, "ide": 0}
 _CONTROLLERS = 4
+_SERIAL_PORTS = 4
 _DEVICE = re.compile(r"(scsi|sata|nvme|ide)(\d+):(\d+)")
 #: VMware's SCSI controllers → libvirt's models, and what is to be said of it.
 _SCSI = {
@@ -83,7 +85,7 @@ def define(found: EsxMachine, kind: str = "kvm") -> Domain:
         ET.SubElement(root, "uuid").text = told.uuid
     ET.SubElement(root, "memory", {"unit": "KiB"}).text = str(max(told.memory, 16 * MiB) // 1024)
     ET.SubElement(root, "vcpu").text = str(told.vcpus)
-    efi = _firmware(root, vmx, remarks)
+    _firmware(root, vmx, remarks)
     features = ET.SubElement(root, "features")
     for name in ("acpi", "apic"):
         ET.SubElement(features, name)
@@ -93,13 +95,12 @@ def define(found: EsxMachine, kind: str = "kvm") -> Domain:
     devices = ET.SubElement(root, "devices")
     _disks(devices, found.machine.disks, vmx, remarks)
     _cards(devices, vmx, remarks)
-    if not efi:
-        ET.SubElement(devices, "serial", {"type": "pty"})
+    _serial_ports(devices, found, remarks)
     _console(devices)
     return Domain(ET.tostring(root, encoding="unicode"), tuple(remarks))
 
 
-def _firmware(root: ET.Element, vmx: Vmx, remarks: list[str]) -> bool:
+def _firmware(root: ET.Element, vmx: Vmx, remarks: list[str]) -> None:
     """VMware's machines are i440BX with BIOS; one with UEFI finds its disks by the newer chipset as well."""
     efi = vmx.get("firmware", "bios").lower() == "efi"
     system = ET.SubElement(root, "os", {"firmware": "efi"} if efi else {})
@@ -109,7 +110,6 @@ def _firmware(root: ET.Element, vmx: Vmx, remarks: list[str]) -> bool:
         if vmx.is_on("uefi.secureBoot.enabled"):
             remarks.append("secure boot is off where it is recovered")
     ET.SubElement(system, "boot", {"dev": "hd"})
-    return efi
 
 
 def _is_windows(vmx: Vmx) -> bool:
@@ -173,6 +173,21 @@ def _cards(devices: ET.Element, vmx: Vmx, remarks: list[str]) -> None:
         if wanted not in _CARDS:
             remarks.append(f"{card}: QEMU has no {wanted}: the guest finds an {_OLDEST_CARD}")
         ET.SubElement(interface, "model", {"type": _CARDS.get(wanted, _OLDEST_CARD)})
+
+
+def _serial_ports(devices: ET.Element, found: EsxMachine, remarks: list[str]) -> None:
+    """A port that writes a file beside the machine does so where it is recovered; others lead nowhere there."""
+    vmx = found.definition
+    for number in range(_SERIAL_PORTS):
+        if not vmx.is_on(f"serial{number}.present"):
+            continue
+        kind, name = vmx.get(f"serial{number}.fileType", ""), vmx.get(f"serial{number}.fileName", "")
+        if kind == "file" and name:
+            port = ET.SubElement(devices, "serial", {"type": "file"})
+            ET.SubElement(port, "source", {"path": posixpath.join(posixpath.dirname(found.vmx), name)})
+        else:
+            ET.SubElement(devices, "serial", {"type": "null"})
+            remarks.append(f"serial{number}: it leads to a {kind or 'device'} of this host, and nowhere in a recovery")
 
 
 def _console(devices: ET.Element) -> None:

@@ -102,6 +102,19 @@ def test_nvme_becomes_sata_and_a_refused_disk_is_left_out() -> None:
     assert root.findall("devices/disk") == []
 
 
+def test_serial_ports() -> None:
+    ports = {
+        "serial0__present": "TRUE",
+        "serial0__fileType": "file",
+        "serial0__fileName": "log",
+        "serial1__present": "TRUE",
+    }
+    root, remarks = define(machine("ide0:0", **ports))
+    assert [one.get("type") for one in root.iterfind("devices/serial")] == ["file", "null"]
+    assert root.find("devices/serial/source").get("path") == "/vmfs/volumes/u/web/log"  # type: ignore[union-attr]
+    assert remarks == ("serial1: it leads to a device of this host, and nowhere in a recovery",)
+
+
 def test_windows_keeps_local_time() -> None:
     root, _ = define(machine("ide0:0", guestOS="windows2019srv-64"))
     assert root.find("clock").get("offset") == "localtime"  # type: ignore[union-attr]
