@@ -140,7 +140,7 @@ class Passes:
     def _close(self, machines: Iterable[str], servers: Iterable[str]) -> None:
         for machine in machines:
             try:
-                export_stop(partial(self._host.monitor, machine))
+                export_stop(partial(self._host.monitor, machine), str(self._socket(machine)))
             except DrctlError as exc:
                 log.info("%s: reader's export not closed: %s", machine, exc.message)
         for server in servers:

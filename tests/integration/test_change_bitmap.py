@@ -37,7 +37,7 @@ def read(rig: Rig) -> list[Extent]:
     try:
         return change_bitmap.changed(socket, "db.vda", NAME)
     finally:
-        export_stop(rig.monitor)
+        export_stop(rig.monitor, socket)
 
 
 def test_it_has_what_was_written_since_and_nothing_else(rig: Rig) -> None:

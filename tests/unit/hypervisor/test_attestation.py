@@ -3,6 +3,7 @@
 import pytest
 
 from drctl.errors import HypervisorRefused
+from drctl.hypervisor import reader_export
 from drctl.hypervisor.attestation import ask, attest
 from drctl.hypervisor.block_graph import MirrorName
 from drctl.hypervisor.memory_qemu import MemoryQemu, MemoryTap
@@ -79,7 +80,7 @@ def test_a_pass_exports_disks_read_only_and_leaves_nothing(qemu):
         ("m.vda", "one", False),
         ("m.vdb", "two", False),
     ]
-    export_stop(qemu)
+    export_stop(qemu, "/reader.sock")
     assert not qemu.server
     assert not qemu.exports
 
@@ -113,8 +114,24 @@ def test_a_server_that_a_migration_has_just_started_is_left_alone(qemu):
 def test_our_exports_on_anothers_server_end_alone(qemu):
     start(qemu, {"m.vda": "one"})
     qemu.exports["backup0"] = "two"
-    export_stop(qemu)
+    export_stop(qemu, "/reader.sock")
     assert (qemu.server, qemu.exports) == ("/reader.sock", {"backup0": "two"})
+
+
+def test_a_server_is_not_stopped_under_a_client_that_stays(qemu, monkeypatch):
+    """QEMU would wait for it and hold up the guest."""
+    start(qemu, {"m.vda": "one"})
+    monkeypatch.setattr(reader_export, "connected", lambda socket: 1)
+    slept = []
+    with pytest.raises(HypervisorRefused, match=r"does not leave /reader\.sock"):
+        export_stop(qemu, "/reader.sock", sleep=slept.append)
+    assert sum(slept) > 10
+    assert (qemu.server, qemu.exports) == ("/reader.sock", {})
+    with pytest.raises(HypervisorRefused, match="does not leave"):
+        start(qemu, {"m.vda": "one"})
+    monkeypatch.setattr(reader_export, "connected", lambda socket: 0)
+    start(qemu, {"m.vda": "one"})
+    assert list(qemu.exports.values()) == ["one"]
 
 
 def test_a_disk_that_is_not_there_leaves_no_server(qemu):
