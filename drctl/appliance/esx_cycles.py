@@ -15,24 +15,31 @@ from drctl.hypervisor.esx import cycle, guard
 from drctl.hypervisor.esx.cycle import DiskKey
 from drctl.hypervisor.esx.frozen import FrozenDisk
 from drctl.hypervisor.esx.source import Parts, Sink, Source
+from drctl.hypervisor.esx.stun import Stuns
 from drctl.model.extent import Extent
 
 log = logging.getLogger(__name__)
 
 #: How often the datastores are looked at while snapshots of ours are there.
 SPACE_SECONDS = 60.0
+#: A machine may stand still for so long, for one snapshot; beyond it cycles are less often, by at most that factor.
+STUN_SECONDS, SLOWEST = 5.0, 16
 #: Remarks that are kept for the status.
 REMARKS = 20
 
 
 @dataclass(slots=True)
 class CycleNews:
-    """What is told of the newest cycle. `seconds` is how long it took, `shipped` its bytes of grains."""
+    """What is told of the newest cycle. `seconds` is how long it took, `shipped` its bytes of grains; `stun` how long
+    (seconds) a machine stood still for it at most, where its log tells, and `slower` how many intervals are between
+    cycles for that."""
 
     running: bool = False
     began: float = 0.0
     seconds: float | None = None
     shipped: int = 0
+    stun: float | None = None
+    slower: int = 1
     remarks: list[str] = field(default_factory=list)
 
 
@@ -63,16 +70,18 @@ class Cycles:
         self._guests = guests
         self.record = record
         self.news = CycleNews()
+        self._stuns = Stuns()
         self._space_due = 0.0
 
     def run(self, sink: StreamSink, wanted: Sequence[str]) -> None:
         """One cycle, or the rest of one that was broken off. Raises what it failed with: the next goes on from there.
 
         Raises OutOfSpace when a datastore is nearly full; then no snapshot of ours is left."""
-        self.news = CycleNews(running=True, began=time.time(), remarks=self.news.remarks)
+        self.news = CycleNews(running=True, began=time.time(), slower=self.news.slower, remarks=self.news.remarks)
         source, began = self._source(sink), time.monotonic()
         try:
             source.run(wanted)
+            self._note_stuns(source, wanted)
         except StepFailed:
             if sink.lost:
                 self.record.save(cycle.distrusted(self.record.load()))
@@ -86,6 +95,21 @@ class Cycles:
             self.news.seconds, self.news.shipped = time.monotonic() - began, sink.sent_bytes
             self.news.remarks = [*self.news.remarks, *source.remarks][-REMARKS:]
             self.news.running = False
+
+    def _note_stuns(self, source: Source, wanted: Sequence[str]) -> None:
+        """Machines that stood still for too long are left more in peace, until they do no more."""
+        machines = [one for one in (source.inventory.machines if source.inventory else ()) if one.vmx in wanted]
+        found = self._stuns.look(self._guests.host.session, machines)
+        if not found:
+            return
+        name, self.news.stun = max(found.items(), key=lambda pair: pair[1])
+        if self.news.stun > STUN_SECONDS:
+            self.news.slower = min(2 * self.news.slower, SLOWEST)
+            source.remarks.append(
+                f"{name} stood still for {self.news.stun:.1f} s: cycles are {self.news.slower} intervals apart"
+            )
+        else:
+            self.news.slower = max(1, self.news.slower // 2)
 
     def is_underway(self) -> bool:
         """Whether a cycle was begun and is not at the recovery site yet."""

@@ -313,13 +313,17 @@ class EsxProtection:
 
     def _succeeded(self, begun: float) -> None:
         assert self._sink is not None
-        self._due, self._again = begun + self._state.spec.checkpoint_interval, AGAIN_SECONDS
+        slower = self.cycles.news.slower
+        self._due, self._again = begun + slower * self._state.spec.checkpoint_interval, AGAIN_SECONDS
         group = self._state.spec.name
         with self._lock:
             if self._state.phase in (Phase.SYNCING, Phase.CATCHING_UP):
                 self._keep(phase=advance(group, self._state.phase, Event.SYNCED), reason="")
         added = ", ".join(f"{device} of {path}" for path, device in sorted(self._sink.unknown))
-        self._say(f"{added}: added and not protected; drctl replicate start {group} takes that up" if added else "")
+        if added:
+            self._say(f"{added}: added and not protected; drctl replicate start {group} takes that up")
+        else:
+            self._say(f"a machine stood still for too long: cycles are {slower} intervals apart" if slower > 1 else "")
 
     def _failed(self, exc: DrctlError) -> None:
         """A look broke off: it is done again in a while, and who waits for a checkpoint is told."""

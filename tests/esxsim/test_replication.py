@@ -244,6 +244,23 @@ def test_a_datastore_that_fills_up_loses_our_snapshots(make: Callable[..., World
 
 
 @pytest.mark.long
+def test_machines_that_stand_still_are_left_in_peace(make: Callable[..., World]) -> None:
+    """Twice as long between cycles while it lasts, up to a limit; back when it is over."""
+    world = make(MIB)
+    told = []
+    for stun in (100_000, 7_000_000, 9_000_000, 200_000, 300_000):
+        world.sim.hostd.stun = stun
+        world.checkpoint()
+        told.append((world.sites.status()["cycle"]["stun"], world.sites.status()["cycle"]["slower"]))
+        if stun == 9_000_000:
+            assert "4 intervals apart" in world.sites.status()["reason"]
+    assert told == [(0.1, 1), (7.0, 2), (9.0, 4), (0.2, 2), (0.3, 1)]
+    assert world.sites.status()["reason"] == ""
+    assert "vm0 stood still for 7.0 s: cycles are 2 intervals apart" in world.remarks
+    world.check()
+
+
+@pytest.mark.long
 def test_a_machine_that_is_gone_is_named(make: Callable[..., World]) -> None:
     world = make(MIB, MIB)
     vm = world.sim.hostd.vms.pop(2)
