@@ -143,7 +143,7 @@ def test_a_pass_reads_a_running_machines_disk_beside_its_mirror(running):
             timeout=60,
         )
         assert read(copy, 4096) == b"\x09" * 4096
-        export_stop(monitor)
+        export_stop(monitor, str(reader))
     assert running.hypervisor.state("m") is MachineState.RUNNING
     assert running.hypervisor.mirror("m", "vda", NAME).inspect().healthy
 
