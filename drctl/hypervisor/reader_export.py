@@ -25,8 +25,8 @@ _PREFIX: Final = "drctl-reader-"
 #: Between starting its server and adding an export to it others are this fast; a server without exports for so long is
 #: one that was left behind.
 _ORPHAN_SECONDS: Final = 1.0
-#: Clients whose export has ended are gone in a moment; those that say nothing QEMU drops after 10 s (seen on 7.2.22). Any
-#: that does not leave within this is left alone.
+#: Clients whose export has ended are gone in a moment; those that say nothing QEMU drops after 10 s (seen on 7.2.22).
+#: One that does not leave within this is left alone.
 _LEAVE_SECONDS: Final = 12.0
 _LOOK_SECONDS: Final = 0.02
 #: Of a listening socket in /proc/net/unix (__SO_ACCEPTCON of Linux' include/uapi/linux/net.h).
