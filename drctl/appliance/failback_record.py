@@ -22,6 +22,10 @@ FORMAT = 1
 TAG = "before-failback"
 #: The old disks stay restorable for so long.
 KEEP_SECONDS = 30 * 86400.0
+#: For so long whatever happens; then only as long as the journal is not fuller than this part of its limit. A journal
+#: promotes for want of room above 0.9.
+KEEP_AT_LEAST = 7 * 86400.0
+CROWDED = 0.85
 
 
 class FailbackPhase(StrEnum):
@@ -61,8 +65,9 @@ class Failback(msgspec.Struct):
     """One group's failback. `disks`: the group's, as the site that reigns has them; `old`: those that are sealed;
     `machines`: names of those that are defined here on the old disks. `checkpoint` is 0 while nothing is sealed.
 
-    `leftovers` are files of drctl's own that hold nothing any more which the store does not hold; they go when the
-    store has a newer checkpoint."""
+    `given_up`: when a tag was taken before its time, because the journal needed the room; 0: never. `leftovers` are
+    files of drctl's own that hold nothing any more which the store does not hold; they go when the store has a newer
+    checkpoint."""
 
     group: str
     phase: FailbackPhase
@@ -80,6 +85,7 @@ class Failback(msgspec.Struct):
     sealed: float = 0.0
     holds: list[Hold] = msgspec.field(default_factory=list)
     leftovers: list[str] = msgspec.field(default_factory=list)
+    given_up: float = 0.0
     reason: str = ""
     format: int = FORMAT
 

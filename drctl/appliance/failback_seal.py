@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drctl.appliance.failback_record import (
+    CROWDED,
+    KEEP_AT_LEAST,
     KEEP_SECONDS,
     TAG,
     Failback,
@@ -240,8 +242,9 @@ class Sealing:
 
 
 def let_go(root: Path, record: Failback, now: float) -> bool:
-    """Take the tag from what was held long enough; whether anything was."""
-    over = [hold for hold in record.holds if hold.until <= now]
+    """Take the tag from what was held long enough, or stands in the way; whether anything did."""
+    early = _early(root, now) if record.holds else 0.0
+    over = [hold for hold in record.holds if hold.until <= max(now, early)]
     if not over:
         return False
     with commit_lock(root):
@@ -249,6 +252,20 @@ def let_go(root: Path, record: Failback, now: float) -> bool:
         for hold in over:
             tags = tags.without(CheckpointKey(hold.epoch, hold.number), TAG)
         write_tags(root, tags)
-    record.holds = [hold for hold in record.holds if hold.until > now]
-    log.info("%s: checkpoint %s is kept no longer", record.group, TAG)
+    record.holds = [hold for hold in record.holds if hold not in over]
+    if any(hold.until > now for hold in over):
+        record.given_up = now
+        log.warning("%s: checkpoint %s is given up early: the journal needs its room", record.group, TAG)
+    else:
+        log.info("%s: checkpoint %s is kept no longer", record.group, TAG)
     return True
+
+
+def _early(root: Path, now: float) -> float:
+    """Up to which end holds go before it: when the journal is nearly full those go that are older than its history. At
+    the limit replication would stop for their sake, since no promotion passes them."""
+    with closing(GroupStore.open(root)) as store:
+        used, retention = store.used(), store.info.retention
+    if used <= CROWDED * retention.journal_limit:
+        return 0.0
+    return now + KEEP_SECONDS - max(retention.history, retention.lock, KEEP_AT_LEAST)

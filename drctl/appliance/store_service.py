@@ -174,6 +174,8 @@ def _forecast(ahead: Forecast) -> dict[str, Any] | None:
         "seconds": min(ahead.at_limit, ahead.target),
         "falls_short": ahead.falls_short,
         "hours_until_short": ahead.hours_until_short,
+        "held_back": ahead.held_back,
+        "hours_until_full": ahead.full_in / 3600 if ahead.full_in is not None else None,
     }
 
 

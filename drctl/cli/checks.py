@@ -20,6 +20,8 @@ RPO_CRITICAL_INTERVALS = 12.0
 RPO_WARNING_SECONDS = 15.0
 RPO_CRITICAL_SECONDS = 60.0
 JOURNAL_PERCENT = (80.0, 95.0)
+#: A journal that a tag keeps from giving room back stops replication at its limit: time for a person to act.
+HELD_BACK_HOURS = 7 * 24.0
 BACKLOG_PERCENT = (50.0, 90.0)
 SPACE_FREE_PERCENT = (10.0, 2.0)
 CLOCK_SECONDS = (1.0, 30.0)
@@ -86,6 +88,11 @@ def journal(picture: Facts, limits: Limits) -> Verdict:
         hours = forecast.get("hours_until_short")
         when = f" in {format_duration(3600 * float(hours))}" if isinstance(hours, (int, float)) else ""
         text += f", history falls below {format_duration(float(history.get('target_seconds') or 0))}{when}"
+    elif isinstance(forecast, dict) and forecast.get("held_back") and forecast.get("hours_until_full") is not None:
+        hours = float(forecast["hours_until_full"])
+        state = max(state, State.WARNING) if hours < HELD_BACK_HOURS else state
+        text += f", a tag or pin keeps all since {format_duration(float(history.get('seconds') or 0))} ago"
+        text += f": full in {format_duration(3600 * hours)}, and then nothing is replicated"
     return Verdict(
         state,
         text,

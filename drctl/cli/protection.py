@@ -46,7 +46,7 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "strays": _get(source, "strays"),
         "recovery_mode": _get(recovery, "mode"),
         "recoveries": _get(recovery, "recoveries") or [],
-        "failback": _part(recovery, "failback", ("phase", "checkpoint", "kept_until", "leftovers")),
+        "failback": _part(recovery, "failback", ("phase", "checkpoint", "kept_until", "given_up", "leftovers")),
         "evacuated": _evacuated(source, recovery),
         "told_source": _told_source(recovery),
     }

@@ -196,7 +196,10 @@ def _boot(picture: dict[str, Any]) -> list[tuple[str, str]]:
 def _old_disks(failback: dict[str, Any]) -> list[tuple[str, str]]:
     """What was sealed of the disks that lay at the site when the group came back to it."""
     if not failback.get("kept_until"):
-        return []
+        if not failback.get("given_up"):
+            return []
+        when = render.moment(failback["given_up"])
+        return [("old disks", f"checkpoint #{failback['checkpoint']} given up at {when}: the journal needed its room")]
     until = render.moment(failback["kept_until"])
     return [("old disks", f"checkpoint #{failback['checkpoint']}, tag:before-failback, kept until {until}")]
 

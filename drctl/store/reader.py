@@ -329,7 +329,11 @@ class StoreReader:
     def forecast(self, now: float) -> Forecast:
         """How long history is and will be. `now`: seconds since the epoch."""
         oldest = self.oldest()
-        return forecast(oldest.time if oldest else None, self.used(), self.info.retention, now)
+        retention = self.info.retention
+        # The ladder keeps none beyond the target; promotion follows it, at the pace at which segments are sealed.
+        target = max(retention.history, retention.lock)
+        held = oldest is not None and now - oldest.time > target + max(target / 4, 3600)
+        return forecast(oldest.time if oldest else None, self.used(), retention, now, held_back=held)
 
     def close(self) -> None:
         self._drop_catalog()

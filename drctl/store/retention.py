@@ -40,7 +40,8 @@ def interval_at(retention: Retention, age: float) -> float:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """History in seconds, sizes in bytes. `full_in`: seconds until the limit at the rate so far, None when never.
-    `at_limit`: how long history will be when the journal is full, None when unknown."""
+    `at_limit`: how long history will be when the journal is full, None when unknown. `held_back`: the oldest checkpoint
+    is kept beyond the target for its tag or pin, so at the limit replication stops and history is not cut."""
 
     history: float
     target: float
@@ -48,6 +49,7 @@ class Forecast:
     limit: int
     full_in: float | None
     at_limit: float | None
+    held_back: bool = False
 
     @property
     def falls_short(self) -> bool:
@@ -60,7 +62,7 @@ class Forecast:
         return self.full_in / 3600 if self.falls_short and self.full_in is not None else None
 
 
-def forecast(oldest: float | None, used: int, retention: Retention, now: float) -> Forecast:
+def forecast(oldest: float | None, used: int, retention: Retention, now: float, *, held_back: bool = False) -> Forecast:
     """What will become of the history, whose oldest checkpoint was at `oldest`, with `used` bytes of journal.
 
     Assumes that the journal goes on to grow per second as it did over the history that it holds."""
@@ -68,4 +70,4 @@ def forecast(oldest: float | None, used: int, retention: Retention, now: float) 
     rate = used / history if history else 0.0
     limit = retention.journal_limit
     full_in = max(0, limit - used) / rate if rate else None
-    return Forecast(history, retention.history, used, limit, full_in, limit / rate if rate else None)
+    return Forecast(history, retention.history, used, limit, full_in, limit / rate if rate else None, held_back)

@@ -136,6 +136,13 @@ def test_the_journal(web):
     code, text, _ = split(web("check", "journal", "web"))
     assert code == 1
     assert "history falls below 1h in 2h" in text
+    ahead = {"falls_short": False, "hours_until_short": None, "held_back": True, "hours_until_full": 48.0}
+    status(web, history={"seconds": 20 * 86400.0, "target": 3600.0, "forecast": ahead})
+    code, text, _ = split(web("check", "journal", "web"))
+    assert code == 1
+    assert "a tag or pin keeps all since 20d ago: full in 2d, and then nothing is replicated" in text
+    status(web, history={"seconds": 20 * 86400.0, "target": 3600.0, "forecast": ahead | {"hours_until_full": 1000.0}})
+    assert split(web("check", "journal", "web"))[0] == 0
     web.beta.down = True
     assert split(web("check", "journal", "web"))[0] == 3
 

@@ -118,6 +118,15 @@ def test_a_running_sync_is_shown_with_its_share(world) -> None:
     assert "syncing 25 %" in world("status").out
 
 
+def test_old_disks_that_were_given_up_are_told(world) -> None:
+    world.applied()
+    gone = {"phase": "open", "checkpoint": 41, "kept_until": None, "given_up": 1.8e9, "leftovers": []}
+    world.beta.replies["group.status"] = lambda params, _: world.beta._recovery_status(params["group"]) | {
+        "failback": gone
+    }
+    assert "checkpoint #41 given up at " in world("status", "web").out
+
+
 def test_it_tells_where_the_backlog_lies(world) -> None:
     """Ring, spill and dirty map, each with its bound, and what is wrong with them."""
     world.applied()

@@ -374,6 +374,26 @@ def test_the_tag_goes_after_thirty_days_and_an_earlier_one_by_its_own_time(alpha
     assert KEEP_SECONDS == 30 * 86400
 
 
+def test_a_journal_that_is_nearly_full_gets_the_tags_room_but_not_in_the_first_week(alpha, monkeypatch):
+    alpha.superseded()
+    alpha.prepare()
+    again(alpha)
+    alpha.prepare(generation=6, number=90)
+    now = failback_service.time.time()
+
+    def look(days, full):
+        monkeypatch.setattr(failback_service.time, "time", lambda: now + days * 86400)
+        monkeypatch.setattr(GroupStore, "used", lambda store: int(full * store.info.retention.journal_limit))
+        alpha.service._due = 0.0
+        alpha.service.look()
+        return [one.tags for one in alpha.checkpoints()], alpha.service.told("erp")["given_up"]
+
+    assert look(6.9, 0.99) == ([(TAG,), (TAG,)], 0.0)
+    assert look(7.1, 0.85) == ([(TAG,), (TAG,)], 0.0)
+    assert look(7.2, 0.86) == ([(), ()], now + 7.2 * 86400)
+    assert alpha.service.told("erp")["kept_until"] is None
+
+
 class Killed(BaseException):
     pass
 

@@ -45,3 +45,5 @@ def test_a_forecast_tells_when_the_limit_will_cut_history():
     assert not fine.falls_short
     assert fine.hours_until_short is None
     assert forecast(None, 0, retention, 5.0).at_limit is None
+    assert not fine.held_back
+    assert forecast(0.0, GiB, retention, 86400.0, held_back=True).held_back
