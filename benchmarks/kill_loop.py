@@ -1,6 +1,7 @@
 """Kill tap and shipper under load, again and again: does the guest's QEMU survive it?
 
     python benchmarks/kill_loop.py --kills 200 [--mode none|qsd|guest] [--qemu /usr/bin/qemu-system-x86_64]
+    python benchmarks/kill_loop.py --kills 3000 --mode guest [--device virtio-blk|virtio-scsi] [--iothread]
 
 Run it on your own QEMU before you trust the guest's life to it.
 
@@ -13,7 +14,10 @@ bit.
 
 `guest` kills under two real guests of a lab, whose witnesses write with O_DIRECT to virtio disks and whose supervisor
 mends: phases `first sync`, `live`, `catching up`, `view` (a test runs from a view) and `full pass`. At its end the
-guests' logs are looked through, and every checkpoint that is listed is judged by the witness.
+guests' logs are looked through, and every checkpoint that is listed is judged by the witness. `--device` is what its
+disks are to it, `--iothread` lets a thread of its own serve them. On a QEMU before 9.0 drctl refuses to protect such
+disks, since there the end of an NBD client ends QEMU: then that refusal is the answer, with both guests unharmed; no
+kill is counted, and the exit code is 0.
 
 A death is a QEMU that ended, or a write that failed for the guest. Trouble is a recovery that did not come in time or
 a checkpoint that was wrong. The exit code is 1 when there was either.
@@ -42,6 +46,8 @@ from benchmarks.lab_world import machine
 from drctl.errors import DrctlError
 
 BINARIES = {"none": "qemu-system-x86_64", "qsd": "qemu-storage-daemon", "guest": "qemu-system-x86_64"}
+#: What the lab calls a guest's disks.
+BUSES = {"virtio-blk": "virtio", "virtio-scsi": "scsi"}
 #: Of each phase in one cycle: which processes each kill takes.
 ROUNDS = {
     "first sync": (("tap",), ("shipper",)),
@@ -139,18 +145,21 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--qemu", default="", help="binary to test; default: the installed one of the mode")
     parser.add_argument("--mode", choices=tuple(BINARIES), default="none")
+    parser.add_argument("--device", choices=tuple(BUSES), default="virtio-blk", help="of --mode guest")
+    parser.add_argument("--iothread", action="store_true", help="of --mode guest")
     parser.add_argument("--append", type=Path, help="JSON file whose list of runs the result is added to")
     arguments = parser.parse_args()
     binary = arguments.qemu or BINARIES[arguments.mode]
     version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     started, load = time.monotonic(), round(os.getloadavg()[0], 1)
     if arguments.mode == "guest":
-        tally = run_guest(arguments.kills, Tally())
+        tally = run_guest(arguments.kills, Tally(), bus=BUSES[arguments.device], iothread=arguments.iothread)
     else:
         tally = run(arguments.kills, arguments.mode, binary)
     result = {
         "qemu": version,
         "mode": arguments.mode,
+        **({"device": arguments.device, "iothread": arguments.iothread} if arguments.mode == "guest" else {}),
         "kills_with_writes_in_flight": tally.counted.total(),
         "by_phase_and_process": dict(sorted(tally.counted.items())),
         "kills_not_counted": tally.missed,

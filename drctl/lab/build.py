@@ -114,7 +114,14 @@ def _make_guests(places: Layout, state: State, progress: Progress) -> None:
             for target, path in zip(("vda", "vdb"), disks, strict=True)
         )
         definition = GuestDefinition(
-            known.name, known.uuid, state.options.memory_mib, state.accelerator, files, str(places.serial(known.name))
+            known.name,
+            known.uuid,
+            state.options.memory_mib,
+            state.accelerator,
+            files,
+            str(places.serial(known.name)),
+            state.options.bus,
+            state.options.iothread,
         )
         site.define(home, domain_xml(definition), known.name)
     site.keep_capabilities(home, user.cache())

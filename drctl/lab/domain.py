@@ -20,7 +20,8 @@ class DiskFile:
 
 @dataclass(frozen=True, slots=True)
 class GuestDefinition:
-    """What varies between lab guests. `accelerator` is `kvm` or `tcg`."""
+    """What varies between lab guests. `accelerator` is `kvm` or `tcg`; `bus` of the disks `virtio` or `scsi`, which is
+    virtio-scsi; `iothread`: they are served by a thread of their own."""
 
     name: str
     uuid: str
@@ -28,17 +29,20 @@ class GuestDefinition:
     accelerator: str
     disks: tuple[DiskFile, ...]
     serial: str
+    bus: str = "virtio"
+    iothread: bool = False
 
 
 def domain_xml(guest: GuestDefinition) -> str:
     """The guest's persistent definition: two virtio disks, a serial log, two channels, no network, no display."""
     kvm = guest.accelerator == "kvm"
-    disks = "\n".join(_disk(disk) for disk in guest.disks)
+    disks = "\n".join([*_controller(guest), *(_disk(disk, guest) for disk in guest.disks)])
+    threads = "\n  <iothreads>1</iothreads>" if guest.iothread else ""
     return f"""<domain type='{"kvm" if kvm else "qemu"}'>
   <name>{guest.name}</name>
   <uuid>{guest.uuid}</uuid>
   <memory unit='MiB'>{guest.memory_mib}</memory>
-  <vcpu>1</vcpu>
+  <vcpu>1</vcpu>{threads}
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <boot dev='hd'/>
@@ -65,10 +69,19 @@ def domain_xml(guest: GuestDefinition) -> str:
 """
 
 
-def _disk(disk: DiskFile) -> str:
+def _controller(guest: GuestDefinition) -> list[str]:
+    """Of SCSI disks; their thread is the controller's."""
+    if guest.bus != "scsi":
+        return []
+    driver = "<driver iothread='1'/>" if guest.iothread else ""
+    return [f"    <controller type='scsi' index='0' model='virtio-scsi'>{driver}</controller>"]
+
+
+def _disk(disk: DiskFile, guest: GuestDefinition) -> str:
+    thread = " iothread='1'" if guest.iothread and guest.bus == "virtio" else ""
     return f"""    <disk type='file' device='disk'>
-      <driver name='qemu' type='{disk.format}' cache='{disk.cache}' io='threads'/>
+      <driver name='qemu' type='{disk.format}' cache='{disk.cache}' io='threads'{thread}/>
       <source file={quoteattr(disk.path)}/>
-      <target dev='{disk.target}' bus='virtio'/>
+      <target dev='{disk.target}' bus='{guest.bus}'/>
       <serial>{disk.target}</serial>
     </disk>"""

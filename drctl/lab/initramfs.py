@@ -23,6 +23,8 @@ else:
 HERE = Path(__file__).parent / "guest_files"
 #: Modules the guest needs where they aren't built in; what they depend on comes along.
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "button", "evdev")
+#: For guests whose disks are SCSI ones; loaded where there is no virtio disk.
+_SCSI_MODULES = ("virtio_scsi", "sd_mod")
 _SIGNATURE_MARK = b"~Module signature appended~\n"
 #: How long the witness gathers acknowledgements before it tells the host, at most (its judgement of loss is as coarse).
 REPORT_MILLISECONDS = 10
@@ -78,10 +80,13 @@ def build(kernel: Path, agent: Path | None, witness: Path) -> bytes:
         Entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"),
         Entry("etc/acpi/PWRF", stat.S_IFLNK | 0o777, b"/sbin/shutdown"),
     ]
-    modules = list(_modules(kernel))
-    entries += [Entry(f"modules/{name}", stat.S_IFREG | 0o644, data) for name, data in modules]
-    order = "".join(f"{name}\n" for name, _ in modules).encode()
-    entries.append(Entry("modules/order", stat.S_IFREG | 0o644, order))
+    modules, scsi = list(_modules(kernel, _MODULES)), list(_modules(kernel, _SCSI_MODULES))
+    known = {name for name, _ in modules}
+    scsi = [(name, data) for name, data in scsi if name not in known]
+    entries += [Entry(f"modules/{name}", stat.S_IFREG | 0o644, data) for name, data in (*modules, *scsi)]
+    for title, listed in (("order", modules), ("scsi", scsi)):
+        order = "".join(f"{name}\n" for name, _ in listed).encode()
+        entries.append(Entry(f"modules/{title}", stat.S_IFREG | 0o644, order))
     if agent:
         entries += _with_libraries(agent / "usr/sbin/qemu-ga", "usr/sbin/qemu-ga")
     return gzip.compress(cpio(entries), 6, mtime=0)
@@ -95,7 +100,7 @@ def _program(name: str, source: Path) -> Entry:
     return Entry(name, stat.S_IFREG | 0o755, source.read_bytes())
 
 
-def _modules(kernel: Path) -> Iterator[tuple[str, bytes]]:
+def _modules(kernel: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """The modules as (file name, bytes), each after those it depends on."""
     # Packages since Debian 13 hold them below usr, where the merged file system has /lib.
     places = (kernel / "lib/modules", kernel / "usr/lib/modules")
@@ -114,7 +119,7 @@ def _modules(kernel: Path) -> Iterator[tuple[str, bytes]]:
             yield from visit(needed.replace("-", "_"))
         yield f"{name}.ko", _unsigned(data)
 
-    for wanted in _MODULES:
+    for wanted in names:
         yield from visit(wanted)
 
 

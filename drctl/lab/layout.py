@@ -62,7 +62,8 @@ class Site:
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """How a lab is made. `rate` in records per second and chain (0: as fast as it goes); `sync_every`: fdatasync after
-    each n-th record (0: never); `accelerator`: `kvm`, `tcg` or `auto`."""
+    each n-th record (0: never); `accelerator`: `kvm`, `tcg` or `auto`; `bus` of the disks: `virtio` or `scsi`
+    (virtio-scsi), in a thread of their own with `iothread`."""
 
     guests: int = 2
     image_format: str = "raw"
@@ -72,6 +73,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     sync_every: int = 0
     memory_mib: int = 224
     accelerator: str = "auto"
+    bus: str = "virtio"
+    iothread: bool = False
     agent: bool = True
     appliances: bool = True
     start: bool = True

@@ -201,6 +201,23 @@ def test_disks_that_can_not_be_tapped_are_named(bed):
         assert not first.refusal
 
 
+def test_a_disk_that_its_scsi_controllers_thread_serves_is_named(bed):
+    """As libvirt gives the definition back, with the addresses that it has made."""
+    scsi = (
+        f"<disk type='file'><driver type='raw'/><source file='{bed.daemon.image('s.raw', SIZE)}'/>"
+        "<target dev='sda' bus='scsi'/></disk>"
+        "<controller type='scsi' index='0' model='virtio-scsi'><driver iothread='1'/></controller>"
+    )
+    text = definition("s", {"vda": bed.daemon.image("s2.raw", SIZE)}, scsi)
+    bed.hypervisor.define(text.replace("<vcpu>", "<iothreads>1</iothreads><vcpu>"))
+    refusals = {disk.target: disk.refusal for disk in bed.hypervisor.machine("s").disks}
+    assert refusals["vda"] == ""
+    if "QEMU 7" in bed.hypervisor.version() or "QEMU 8" in bed.hypervisor.version():
+        assert "I/O thread" in refusals["sda"]
+    else:
+        assert refusals["sda"] == ""
+
+
 def test_a_missing_image_is_a_disk_of_unknown_size(bed):
     bed.hypervisor.define(definition("o", {"vda": bed.daemon.images / "missing.raw"}))
     (disk,) = bed.hypervisor.machine("o").disks

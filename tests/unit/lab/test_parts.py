@@ -103,6 +103,13 @@ def test_the_definition_names_nothing_that_belongs_to_a_host_but_its_disks():
     assert [disk.get("file") for disk in root.iter("source") if disk.get("file")] == ["/d/a&b.raw", "/d/b.raw"]
     assert all(channel.find("source") is None for channel in root.iter("channel"))
     assert not list(root.iter("interface"))
+    scsi = ET.fromstring(domain_xml(GuestDefinition("web-1", "u", 200, "tcg", disks, "/s", "scsi", iothread=True)))
+    assert {target.get("bus") for target in scsi.iterfind("devices/disk/target")} == {"scsi"}
+    assert scsi.find("devices/controller[@type='scsi']/driver").get("iothread") == "1"
+    assert scsi.findtext("iothreads") == "1"
+    blk = ET.fromstring(domain_xml(GuestDefinition("web-1", "u", 200, "tcg", disks, "/s", iothread=True)))
+    assert {driver.get("iothread") for driver in blk.iterfind("devices/disk/driver")} == {"1"}
+    assert blk.find("devices/controller[@type='scsi']") is None
     kvm = ET.fromstring(domain_xml(GuestDefinition("web-1", "u", 200, "kvm", disks, "/s")))
     assert (kvm.get("type"), kvm.find("cpu").get("mode")) == ("kvm", "host-passthrough")
 
