@@ -173,8 +173,9 @@ class Table:
         for value in values:
             if not isinstance(value, str):
                 raise self.error(key, f"holds {_kind(value)}", hint='write an array of strings, e.g. ["db", "web"]')
-        if twice := [value for value in values if unique and values.count(value) > 1]:
-            raise self.error(key, f"names {twice[0]!r} twice")
+        if unique and len(set(values)) < len(values):
+            twice = next(value for place, value in enumerate(values) if value in set(values[:place]))
+            raise self.error(key, f"names {twice!r} twice")
         return tuple(values)
 
     def mapping(self, key: str) -> tuple[tuple[str, str], ...]:

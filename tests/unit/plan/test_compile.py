@@ -260,3 +260,41 @@ def test_every_prefix_interrupted_once_ends_in_the_same_state(mode: Mode, failin
         else:
             break
     assert fuel > 40
+
+
+RE_IP = """
+plan = "p"
+groups = ["g"]
+[[stage]]
+name = "all"
+[[stage.vm]]
+name = "m1"
+re_ip = "{way}"
+[[stage.vm.address]]
+ip = ["{ip}"]
+[[stage.vm.check]]
+kind = "guest-agent"
+"""
+
+
+def test_addresses_by_the_agent_come_between_boot_and_checks_and_in_their_mode_alone() -> None:
+    plan = parse_plan(RE_IP.format(way="guest-agent", ip="10.9.0.11/24"))
+    steps = {each.id: each for each in compile_plan(plan, inventory(g="m1"), Mode.FAILOVER).steps}
+    boot, given = "stage:all/vm:m1/boot", "stage:all/vm:m1/re-ip"
+    assert steps[given].after == (boot,)
+    assert steps["stage:all/vm:m1/check:guest-agent"].after == (given,)
+    assert steps[given].text == "give m1 10.9.0.11/24 by its agent"
+    assert not steps[boot].action.changed, "the appliance has nothing to do for it"
+    test = {each.id for each in compile_plan(plan, inventory(g="m1"), Mode.TEST).steps}
+    assert given not in test
+    assert boot in test
+
+
+@pytest.mark.parametrize(("way", "ip"), [("cloud-init", "10.9.0.11/24"), ("dhcp", "10.9.0.11")])
+def test_addresses_that_the_appliance_gives_are_in_its_order(way: str, ip: str) -> None:
+    plan = parse_plan(RE_IP.format(way=way, ip=ip))
+    for mode, there in ((Mode.FAILOVER, True), (Mode.TEST, False)):
+        compiled = compile_plan(plan, inventory(g="m1"), mode)
+        (order,) = next(each for each in compiled.steps if each.kind is StepKind.RECOVER).action.machines
+        assert (order.changed, order.re_ip == way, bool(order.addresses)) == (there, there, there)
+        assert not [each for each in compiled.steps if each.kind is StepKind.RE_IP]

@@ -57,6 +57,16 @@ vcpus = 2
 mac = "new"
 networks = {lan = "lan-b"}
 test_networks = {lan = "island"}
+re_ip = "cloud-init"
+[[stage.vm.address]]
+ip = ["10.9.0.11/24", "fd00::11/64"]
+gateway = ["10.9.0.1"]
+dns = ["10.9.0.2"]
+search = ["shop.example.org"]
+interface = "ens3"
+[[stage.vm.test_address]]
+card = 2
+ip = ["192.0.2.11/24"]
 [[stage.vm.check]]
 kind = "tcp"
 host = "10.0.0.5"
@@ -104,6 +114,10 @@ def test_everything_that_a_plan_can_say() -> None:
     assert (db.name, db.memory, db.vcpus, db.mac) == ("db 'ä' / 1", 2 * 2**30, 2, Mac.NEW)
     assert (db.networks, db.test_networks) == ((("lan", "lan-b"),), (("lan", "island"),))
     assert not spare.boot
+    (real,), (test,) = db.addresses, db.test_addresses
+    assert (db.re_ip, real.card, real.of_family(4)) == ("cloud-init", 1, (("10.9.0.11/24",), "10.9.0.1"))
+    assert (real.of_family(6), test.card, test.ip) == ((("fd00::11/64",), ""), 2, ("192.0.2.11/24",))
+    assert (spare.re_ip, spare.addresses) == (None, ())
     tcp, console = db.checks
     assert (tcp.kind, tcp.host, tcp.port, tcp.retries, tcp.interval, tcp.timeout) == (
         CheckKind.TCP, "10.0.0.5", 5432, 3, 0.5, 1.0,
@@ -188,7 +202,7 @@ def test_all_mistakes_are_told_at_once_in_order_of_line() -> None:
     )
     found = decode_plan(parse_toml(text, "p.toml"))
     assert found.plan is None
-    assert [error.fields["line"] for error in found.errors] == [27, 37, 44]
+    assert [error.fields["line"] for error in found.errors] == [27, 37, 54]
     assert failure(text).hint.endswith("2 more: drctl plan validate")
 
 
@@ -268,3 +282,50 @@ def test_a_thousand_machines_are_read_in_a_second() -> None:
     before = time.process_time()
     assert len(parse_plan(text).vms) == 1000
     assert time.process_time() - before < 2
+
+
+ADDRESS = "re_ip = '{way}'\n[[stage.vm.address]]\n{keys}\n"
+
+
+@pytest.mark.parametrize(
+    ("way", "keys", "message"),
+    [
+        ("guest-agent", "ip = ['10.9.0.11']", "address[0].ip: '10.9.0.11' is no address with its prefix"),
+        ("guest-agent", "ip = ['10.9.0.300/24']", "is no address with its prefix"),
+        ("guest-agent", "ip = ['10.9.0.1/24; reboot']", "is no address with its prefix"),
+        ("guest-agent", "ip = []", "names no address"),
+        ("guest-agent", "ip = ['10.9.0.11/24']\ngateway = ['fd00::1']", "has a gateway of IPv6, and no address"),
+        ("guest-agent", "ip = ['10.9.0.11/24']\ngateway = ['10.9.0.1', '10.9.0.2']", "two gateways of one kind"),
+        ("guest-agent", "ip = ['10.9.0.11/24']\ndns = ['ns.example.org']", "is no address, e.g. 10.9.0.1"),
+        ("guest-agent", "ip = ['10.9.0.11/24']\nsearch = ['$(id)']", "is no domain"),
+        ("cloud-init", "ip = ['10.9.0.11/24']\ninterface = 'a b'", "interface: 'a b' is not allowed"),
+        ("guest-agent", "ip = ['10.9.0.11/24']\ncard = 0", "card: 0 is below 1"),
+        ("guest-agent", "ip = ['10.9.0.11/24']\ncard = 999", "is above 256"),
+        ("guest-agent", "ip = ['1.2.3.4/8']\n[[stage.vm.address]]\nip = ['1.2.3.5/8']", "card 1 is there twice"),
+        ("guest-agent", "ip = ['1.2.3.4/8']\ngatewy = ['1.2.3.1']", "gatewy: unknown key"),
+        ("dhcp", "ip = ['10.9.0.11/24']", "must be one IPv4 address without a prefix"),
+        ("dhcp", "ip = ['fd00::11']", "must be one IPv4 address"),
+        ("dhcp", "ip = ['10.9.0.11']\ndns = ['10.9.0.1']", "has more than an address"),
+        ("pigeon", "ip = ['10.9.0.11/24']", "re_ip: 'pigeon' is not one of guest-agent, cloud-init, dhcp"),
+    ],
+)
+def test_mistakes_in_addresses(way: str, keys: str, message: str) -> None:
+    assert message in failure(SMALL + ADDRESS.format(way=way, keys=keys)).message
+
+
+def test_a_way_without_an_address_and_an_address_without_a_way() -> None:
+    assert "no address is given" in failure(SMALL + "re_ip = 'dhcp'").message
+    assert "re_ip is missing" in failure(SMALL + "[[stage.vm.address]]\nip = ['10.9.0.11/24']").message
+    assert (
+        "is left off" in failure(SMALL + "boot = false\n" + ADDRESS.format(way="dhcp", keys="ip = ['1.2.3.4']")).message
+    )
+
+
+def test_a_hundred_thousand_addresses_take_no_time() -> None:
+    """The largest file that is read at all."""
+    import time
+
+    rows = "".join(f"'10.{n >> 16}.{n >> 8 & 255}.{n & 255}/8'," for n in range(100_000))
+    before = time.process_time()
+    failure(SMALL + ADDRESS.format(way="dhcp", keys=f"ip = [{rows}]"))
+    assert time.process_time() - before < 20
