@@ -28,6 +28,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("view", (), ("--records", "2000000")),
     ("rto", (), ("--guests", "1", "--rounds", "2", "--history-seconds", "20")),
     ("rpo", (), ("--seconds", "60")),
+    ("plans", (), ("--guests", "3", "--rounds", "1", "--history-seconds", "10")),
 )
 
 

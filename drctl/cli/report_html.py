@@ -11,11 +11,11 @@ from drctl.cli.report_text import cut, utc
 from drctl.plan.output import tame
 from drctl.plan.report import Ages, Line, Report
 
-#: Of one output so much is shown; of all together so much, in characters.
+#: Of one output so much is shown; of all together so much less what pictures take, in characters.
 OUTPUT = 8 * 1024
 ALL_OUTPUT = 1024 * 1024
 #: Pictures of screens and texts of consoles, all together, in characters.
-ALL_PICTURES = 1024 * 1024
+ALL_PICTURES = 512 * 1024
 #: Rows of the timeline. With more machines those that failed and the slowest are shown.
 ROWS = 80
 #: Texts below the timeline.
@@ -100,7 +100,8 @@ def html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": render.duration, "utc": utc, "tame": lambda text: tame(str(text))}
-    budget = _Budget()
+    consoles = _consoles(report)
+    budget = _Budget(ALL_OUTPUT - sum(len(one["png"]) + len(one["text"]) for one in consoles))
     return environment.get_template("report.html").render(
         report=report,
         timeline=timeline(report),
@@ -110,7 +111,7 @@ def html(report: Report) -> str:
         cut=budget.cut,
         facts=_facts(report),
         plots=[_plot(one, report.rpo_target) for one in report.ages],
-        consoles=_consoles(report),
+        consoles=consoles,
     )
 
 

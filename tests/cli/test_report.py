@@ -250,6 +250,9 @@ def big_record(world, run: str, began: float) -> None:
                 {"event": "end", "step": row["id"], "outcome": "done", "seconds": 3.5, **said},
                 began + number / 10 + 3.5,
             )
+        png = "iVBORw0KGgo" + "A" * 5000
+        consoles = [{"group": "g", "machine": name, "png": png} for _, name in names]
+        log.append({"event": "consoles", "consoles": consoles}, began + 300)
         log.append({"event": "over", "verdict": "passed"}, began + 300)
 
 
