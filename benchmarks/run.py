@@ -22,12 +22,13 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("tap", (), ("--rounds", "2", "--seconds", "1")),
     ("pipeline", (), ("--seconds", "10")),
     ("first_sync", (), ()),
-    ("resync", (), ()),
+    ("resync", (), ("--size", "1GiB", "--rounds", "1", "--peer-size", "256MiB")),
     ("memory", (), ()),
     ("view_read", (), ()),
     ("view", (), ("--records", "2000000")),
     ("rto", (), ("--guests", "1", "--rounds", "2", "--history-seconds", "20")),
     ("rpo", (), ("--seconds", "60")),
+    ("outage", ("--minute", "6"), ("--minute", "2", "--control", "10")),
     ("plans", (), ("--guests", "3", "--rounds", "1", "--history-seconds", "10")),
 )
 
