@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from drctl.appliance.esx_guests import EsxGuests
+from drctl.appliance.esx_guests import STATE_SECONDS, EsxGuests
 from drctl.appliance.esx_record import CycleFile
 from drctl.appliance.esx_sink import StreamSink
 from drctl.errors import OutOfSpace, StepFailed
@@ -134,7 +134,7 @@ class Cycles:
         if state.baseline is None and state.pending is None:
             return
         try:
-            for store in guard.stores_of(self._guests.inventory(), wanted):
+            for store in guard.stores_of(self._guests.inventory(STATE_SECONDS), wanted):
                 guard.demand_space(store)
         except OutOfSpace:
             if not self.news.running:

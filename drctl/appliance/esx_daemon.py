@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from typing import Any
 
 from drctl.appliance import esx_address
 from drctl.appliance.certificate_service import CertificateService
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler
-from drctl.appliance.esx_guests import EsxGuests
+from drctl.appliance.esx_guests import TOLD_SECONDS, EsxGuests
 from drctl.appliance.esx_service import EsxService, status
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
@@ -64,6 +65,7 @@ class EsxAppliance:
         self._control.start()
         self._source.start()
         self._metrics.start()
+        threading.Thread(target=self._look_ahead, name="look", daemon=True).start()
         self._notifier.ready(f"appliance of ESX host {self._home.config.host}, site {self._home.config.site}")
         log.info("appliance of ESX host %s (%s): ready", self._home.config.host, self._home.config.site)
         while not self._stopped.wait(SUPERVISE_SECONDS):
@@ -81,6 +83,13 @@ class EsxAppliance:
 
     def stop(self) -> None:
         self._stopped.set()
+
+    def _look_ahead(self) -> None:
+        """So that who asks what the host is like need not wait for it."""
+        while not self._stopped.is_set():
+            with suppress(DrctlError):
+                self._guests.inventory(TOLD_SECONDS / 2)
+            self._stopped.wait(TOLD_SECONDS / 4)
 
     def _handlers(self, pictures: Pictures) -> dict[str, Handler]:
         return {
@@ -100,7 +109,7 @@ class EsxAppliance:
     def _info(self) -> dict[str, Any]:
         info = appliance_info(self._home, self._guests)
         try:
-            info["findings"] += examine(self._guests.inventory())
+            info["findings"] += examine(self._guests.inventory(TOLD_SECONDS))
             info["findings"] += [finding("info", *each) for each in self._source.remarks()]
         except DrctlError as exc:
             info["findings"] += [finding("error", "host", exc.message, exc.hint)]

@@ -10,13 +10,15 @@ from drctl.errors import HypervisorRefused, NotFound
 from drctl.hypervisor.esx import domain
 from drctl.hypervisor.esx.disks import Disks
 from drctl.hypervisor.esx.domain import Domain
-from drctl.hypervisor.esx.host import EsxHost
+from drctl.hypervisor.esx.host import EsxHost, describe
 from drctl.hypervisor.esx.inventory import EsxMachine, Inventory
 from drctl.hypervisor.esx.snapshots import Snapshots
 from drctl.model.machine import Machine, MachineState
 
 #: What several callers ask for within this is asked of the host once.
 FRESH_SECONDS = 2.0
+#: What is only told to people, or looked at over and over, may be so old: a look takes a real host seconds.
+STATE_SECONDS, TOLD_SECONDS = 10.0, 120.0
 
 
 class SerialSnapshots(Snapshots):
@@ -48,18 +50,20 @@ class EsxGuests:
         self._lock = threading.Lock()
         self._seen: tuple[float, Inventory] | None = None
 
-    def inventory(self, *, anew: bool = False) -> Inventory:
-        """A look at the host that is some moments old at most."""
+    def inventory(self, age: float = FRESH_SECONDS) -> Inventory:
+        """A look at the host that is so many seconds old at most."""
+        seen = self._seen
+        if seen is not None and time.monotonic() - seen[0] <= age:
+            return seen[1]
         with self._lock:
-            if anew or self._seen is None or time.monotonic() - self._seen[0] > FRESH_SECONDS:
-                self._seen = None
-                found = self.host.inventory()
-                self._seen = (time.monotonic(), found)
+            if self._seen is None or time.monotonic() - self._seen[0] > age:
+                begun = time.monotonic()
+                self._seen = (begun, self.host.inventory())
             return self._seen[1]
 
-    def find(self, name: str) -> EsxMachine:
+    def find(self, name: str, age: float = FRESH_SECONDS) -> EsxMachine:
         """By its name. Raises NotFound; HypervisorRefused when two have it."""
-        every = self.inventory().machines
+        every = self.inventory(age).machines
         found = [one for one in every if one.name == name]
         if not found:
             text = f"no machine {name!r} on {self.host.name}"
@@ -73,10 +77,10 @@ class EsxGuests:
     # -- as other hypervisors ---------------------------------------------------------------------------------------
 
     def version(self) -> str:
-        return self.host.version()
+        return describe(self.inventory(TOLD_SECONDS).version)
 
     def machines(self) -> Sequence[Machine]:
-        return [domain.machine(one) for one in self.inventory().machines]
+        return [domain.machine(one) for one in self.inventory(TOLD_SECONDS).machines]
 
     def machine(self, name: str) -> Machine:
         """One that can be protected has a name that files can have."""
@@ -85,13 +89,13 @@ class EsxGuests:
         return domain.machine(self.find(name))
 
     def state(self, name: str) -> MachineState:
-        return self.find(name).machine.state
+        return self.find(name, STATE_SECONDS).machine.state
 
     def destroy(self, name: str) -> None:
         self.host.stop(self.find(name))
 
-    def domain(self, name: str) -> Domain:
-        return domain.define(self.find(name), self._kind)
+    def domain(self, name: str, age: float = FRESH_SECONDS) -> Domain:
+        return domain.define(self.find(name, age), self._kind)
 
     def definition(self, name: str) -> str:
         """As libvirt would define it: the recovery site is libvirt's."""

@@ -232,7 +232,7 @@ class EsxProtection:
 
     def _look_at_machines(self) -> list[EsxMachine]:
         """The machines as they are. Raises NotFound, HostUnreachable."""
-        self._guests.inventory(anew=True)
+        self._guests.inventory(0.0)
         self._seen = [self._guests.find(name) for name in self._state.spec.machines]
         return self._seen
 
@@ -336,7 +336,9 @@ class EsxProtection:
 
     def _put_off(self) -> None:
         interval = self._state.spec.checkpoint_interval
-        self._due = time.monotonic() + (0 if self._sink is not None and self._sink.lost else min(self._again, interval))
+        # A replica that is lost is made anew at once; but not over and over.
+        at_once = self._sink is not None and self._sink.lost and self._again == AGAIN_SECONDS
+        self._due = time.monotonic() + (0.0 if at_once else min(self._again, interval))
         self._again *= 2
         with self._lock:
             if self._state.phase is Phase.LIVE:

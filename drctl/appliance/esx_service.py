@@ -12,7 +12,7 @@ import msgspec
 from drctl.appliance.config import Home
 from drctl.appliance.control import Handler, Progress
 from drctl.appliance.esx_definition import described
-from drctl.appliance.esx_guests import EsxGuests
+from drctl.appliance.esx_guests import TOLD_SECONDS, EsxGuests
 from drctl.appliance.esx_protection import EsxProtection
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState, spec_from
 from drctl.appliance.process import Processes
@@ -145,7 +145,7 @@ class EsxService:
     def remarks(self) -> list[tuple[str, str]]:
         """(machine, what is another where it is recovered), of the machines of all groups. Raises DrctlError."""
         names = [name for one in self.protections() for name in one.state.spec.machines]
-        return [(name, remark) for name in names for remark in self._guests.domain(name).remarks]
+        return [(name, remark) for name in names for remark in self._guests.domain(name, TOLD_SECONDS).remarks]
 
     def group_remove(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress

@@ -189,6 +189,9 @@ class StreamSink:
         if rest and (
             report.wants == "initial" or (report.wants == "full" and not 0 < self._record.checkpoint <= report.holds)
         ):
+            if gone := sorted(self._stream.names[one] for one in rest - set(self._stream.disks.values())):
+                hint = "drctl replicate start takes that up"
+                raise StepFailed(f"{', '.join(gone)}: taken out of the machine, and the other site needs it", hint=hint)
             self.lost = True
             raise StepFailed("the recovery site has not what it once had: all disks are gone over")
         if report.wants == "initial":
