@@ -87,7 +87,8 @@ class DefinitionFile:
 
     def _fields(self, state: GroupState, force: bool) -> dict[str, Any]:
         return {
-            "spec": msgspec.to_builtins(state.spec),
+            # As the file will give it back: a tuple would never be equal to its list.
+            "spec": msgspec.json.decode(msgspec.json.encode(state.spec)),
             "machines": machines_of(self._host, state.spec.machines, self._reader, force=force),
             "disks": [
                 {"number": disk.number, "machine": disk.machine, "target": disk.target, "size": disk.size}
