@@ -9,7 +9,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 
-from drctl.model.address import CardAddress
+from drctl.model.address import CardAddress, family
 
 SECTOR = 2048
 #: What cloud-init looks for.
@@ -30,8 +30,8 @@ def network_config(cards: Sequence[tuple[str, CardAddress]]) -> dict[str, object
         if card.interface:
             settings["set-name"] = card.interface
         settings["addresses"] = list(card.ip)
-        if card.gateway:
-            settings["routes"] = [{"to": "::/0" if ":" in one else "0.0.0.0/0", "via": one} for one in card.gateway]
+        # Not `routes`: of "::/0" cloud-init 22.4 makes "::/64" for every renderer but netplan's.
+        settings |= {f"gateway{family(one)}": one for one in card.gateway}
         servers = {key: list(told) for key, told in (("addresses", card.dns), ("search", card.search)) if told}
         if servers:
             settings["nameservers"] = servers
@@ -40,18 +40,15 @@ def network_config(cards: Sequence[tuple[str, CardAddress]]) -> dict[str, object
 
 
 def user_data() -> dict[str, object]:
-    """What keeps cloud-init from doing to a known machine what it does to a new one.
+    """What keeps cloud-init from doing to a known machine what it does to a new one: no module of it runs.
 
-    It sees a new instance, else it would not look at the network at all."""
+    It sees a new instance, else it would not look at the network at all; that it does before any module."""
     return {
+        "cloud_init_modules": [],
+        "cloud_config_modules": [],
+        "cloud_final_modules": [],
         "ssh_deletekeys": False,
         "preserve_hostname": True,
-        "users": [],
-        "disable_root": False,
-        "apt": {"preserve_sources_list": True},
-        "growpart": {"mode": "off"},
-        "resize_rootfs": False,
-        "locale": False,
     }
 
 

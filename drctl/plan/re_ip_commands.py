@@ -38,9 +38,9 @@ fi
 """
 
 
-def linux_script(wanted: Mapping[str, CardAddress]) -> str:
-    """A shell script for the interfaces of these names. It may be run again."""
-    parts = {"nmcli": list(_nmcli(wanted)), "netplan": list(_netplan(wanted)), "ip": list(_ip(wanted))}
+def linux_script(wanted: Mapping[str, CardAddress], macs: Mapping[str, str]) -> str:
+    """A shell script for the interfaces of these names and MAC addresses. It may be run again."""
+    parts = {"nmcli": list(_nmcli(wanted)), "netplan": list(_netplan(wanted, macs)), "ip": list(_ip(wanted))}
     text = {
         name: "\n".join(f"  {line}" if "\n" not in line else line for line in lines) for name, lines in parts.items()
     }
@@ -66,14 +66,16 @@ def _nmcli(wanted: Mapping[str, CardAddress]) -> Iterator[str]:
         yield f'nmcli connection up "$con" ifname {device}'
 
 
-def netplan_text(wanted: Mapping[str, CardAddress]) -> str:
-    """A netplan file (JSON is YAML, too) for interfaces of these names."""
-    cards = {name: {"dhcp4": False, "dhcp6": False, **network_settings(card)} for name, card in wanted.items()}
+def netplan_text(wanted: Mapping[str, CardAddress], macs: Mapping[str, str]) -> str:
+    """A netplan file (JSON is YAML, too) for interfaces of these names, which they keep: what had named them goes."""
+    cards = {
+        name: {"match": {"macaddress": macs[name]}, "set-name": name, "dhcp4": False, "dhcp6": False, **_settings(card)}
+        for name, card in wanted.items()
+    }
     return json.dumps({"network": {"version": 2, "ethernets": cards}}, indent=1)
 
 
-def network_settings(card: CardAddress) -> dict[str, object]:
-    """A card's addresses, routes and name servers as netplan and cloud-init (version 2) take them."""
+def _settings(card: CardAddress) -> dict[str, object]:
     routes = [{"to": _DEFAULT[ipaddress.ip_address(one).version], "via": one} for one in card.gateway]
     servers = {key: list(values) for key, values in (("addresses", card.dns), ("search", card.search)) if values}
     settings: dict[str, object] = {"addresses": list(card.ip)}
@@ -84,13 +86,13 @@ def network_settings(card: CardAddress) -> dict[str, object]:
     return settings
 
 
-def _netplan(wanted: Mapping[str, CardAddress]) -> Iterator[str]:
+def _netplan(wanted: Mapping[str, CardAddress], macs: Mapping[str, str]) -> Iterator[str]:
     """What other files say of the card goes first: netplan would add their addresses to ours."""
     for name in wanted:
         escaped = name.replace(".", "\\.")
         yield f"netplan set {quote(f'ethernets.{escaped}=null')} || :"
     yield "umask 077"
-    yield f"cat > {NETPLAN_FILE} <<'DRCTL'\n{netplan_text(wanted)}\nDRCTL"
+    yield f"cat > {NETPLAN_FILE} <<'DRCTL'\n{netplan_text(wanted, macs)}\nDRCTL"
     yield "netplan apply"
 
 

@@ -98,10 +98,13 @@ class _Try:
             found[names[mac]] = card
         return found
 
+    def _macs(self, named: Mapping[str, CardAddress]) -> dict[str, str]:
+        return {name: self.macs[card.card - 1].lower() for name, card in named.items()}
+
     def _carry_out(self, named: Mapping[str, CardAddress]) -> tuple[str, str]:
         """Run the commands; why one failed, and what failed of those that do so when all is there already."""
         windows = self._is_windows()
-        commands = windows_commands(named) if windows else [("/bin/sh", "-c", linux_script(named))]
+        commands = windows_commands(named) if windows else [("/bin/sh", "-c", linux_script(named, self._macs(named)))]
         doubt = ""
         for command in commands:
             shown = "/bin/sh" if command[0] == "/bin/sh" else " ".join(command)

@@ -151,8 +151,8 @@ def test_the_image_has_the_size_that_it_says():
 def test_a_cards_settings():
     told = network_config([(WEB_MAC.upper(), CARD), (WEB_MAC, CardAddress(2, ("10.8.0.2/16",), interface="ens4"))])
     first, second = told["ethernets"]["card1"], told["ethernets"]["ens4"]
-    assert (first["match"], first["routes"]) == ({"macaddress": WEB_MAC}, [{"to": "0.0.0.0/0", "via": "10.9.0.1"}])
-    assert (second["set-name"], "routes" in second, "nameservers" in second) == ("ens4", False, False)
+    assert (first["match"], first["gateway4"], "gateway6" in first) == ({"macaddress": WEB_MAC}, "10.9.0.1", False)
+    assert (second["set-name"], "gateway4" in second, "nameservers" in second) == ("ens4", False, False)
 
 
 # -- the drive ----------------------------------------------------------------------------------------------------------

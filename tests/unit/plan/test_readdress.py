@@ -136,7 +136,9 @@ def run_script(directory: Path, programs: dict[str, str], name: str = "ens3", ca
     for program, body in {"cat": "/bin/cat > /dev/null", "ls": "exit 1", **programs}.items():
         (bin_ / program).write_text(f'#!/bin/sh\necho {program} "$@" >> {calls}\n{body}\n')
         (bin_ / program).chmod(0o755)
-    script = linux_script({name: card}).replace("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "")
+    script = linux_script({name: card}, {name: MAC}).replace(
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", ""
+    )
     script = script.replace("/etc/resolv.conf", str(directory / "resolv.conf"))
     script = script.replace(NETPLAN_FILE, str(directory / "netplan.yaml"))
     subprocess.run(["/bin/sh", "-c", script], env={"PATH": str(bin_)}, check=True, timeout=10)
@@ -196,6 +198,7 @@ def test_the_script_writes_a_file_of_its_own_for_netplan(tmp_path: Path) -> None
         "netplan apply",
     ]
     told = json.loads((tmp_path / "netplan.yaml").read_text())["network"]["ethernets"]["ens3.7"]
+    assert (told["match"], told["set-name"]) == ({"macaddress": MAC}, "ens3.7")
     assert told["routes"] == [{"to": "0.0.0.0/0", "via": "10.9.0.1"}, {"to": "::/0", "via": "fd00::1"}]
     assert (told["addresses"], told["nameservers"]["search"]) == (["10.9.0.11/24", "fd00::11/64"], ["shop.example.org"])
     assert (tmp_path / "netplan.yaml").stat().st_mode & 0o777 == 0o600
