@@ -74,13 +74,15 @@ def test_a_full_disk_does_not_fail_what_was_done(tmp_path: Path) -> None:
 #: Methods that change nothing, or not because a person said so.
 READING = {
     "appliance.history", "appliance.info", "appliance.metrics", "certificate.show", "checkpoint.choose", "checkpoint.list",
-    "checkpoint.verify", "failback.disks", "failback.plan", "failback.sample", "failover.plan", "group.describe", "group.fit", "group.list", "group.picture",
+    "checkpoint.verify", "checkpoint.ages", "recovery.screen", "run.anchored", "run.list", "run.read", "failback.disks", "failback.plan", "failback.sample", "failover.plan", "group.describe", "group.fit", "group.list", "group.picture",
     "group.status", "handover.plan", "host.evacuation", "lease.show", "link.list", "machine.list", "rollback.plan", "support.collect", "test.list",
 }  # fmt: skip
 #: Between processes; a part of a command that is in it; an act of a run, which has a record of its own.
 WITHIN = {
     "shipper.attest", "shipper.order", "shipper.report", "certificate.request", "lease.take", "lease.renew", "lease.release",
     "recovery.agent", "recovery.boot", "recovery.console",
+    # A run's record, chained and signed, tells more than a line for each of its lines could.
+    "run.anchor", "run.append", "run.begin", "run.end", "run.renew",
 }  # fmt: skip
 
 
