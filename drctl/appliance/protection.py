@@ -289,7 +289,7 @@ class Protection:
         if report.superseded:
             self.superseded(report.reason)
             return
-        if self._passes.running:
+        if self._passes.running or report.sync_active:
             self._follow_pass(report)
             return
         if self.survey.running:
@@ -321,6 +321,7 @@ class Protection:
 
     def _follow_pass(self, report: Report) -> None:
         if report.sync_active:
+            self.shipper.end_strange_sync(ours=self._passes.running)
             self._settle(report.reason)
             return
         mode, numbers = self._passes.mode, self._passes.end()

@@ -90,7 +90,7 @@ class ShipperLink:
                 "spill": str(self._worker.spill_path),
                 "spill_key": str(self._worker.spill_key_path),
                 "spill_size": state.spec.spill_size,
-                **({} if self._clock else {"clock": False}),
+                **({} if self._clock else {"clock": False, "spill_size": 0}),
             },
             indent=1,
         )
@@ -186,6 +186,12 @@ class ShipperLink:
         """Cut a checkpoint now; its number, once it is proven and durable. Raises DrctlError."""
         order = {"kind": "crash-consistent", "tags": [], "timeout": MARK_SECONDS}
         return int(self.call("mark", order, timeout_seconds=MARK_SECONDS + 2)["number"])
+
+    def end_strange_sync(self, *, ours: bool) -> None:
+        """A pass runs. Not `ours`: a supervisor that has ended since has ordered it, and its disks are open for nobody
+        any more. It is ended; ordered again by its id, it goes on where it is durable."""
+        if not ours:
+            self.cancel_sync()
 
     def cancel_sync(self) -> None:
         with suppress(DrctlError):

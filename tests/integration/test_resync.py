@@ -144,3 +144,27 @@ def test_a_guest_that_writes_while_everything_dies(make_rig):
     told = rig.mark(timeout=60)
     assert rig.view(told["number"]) == disks(rig)
     assert rig.view(old) == expected
+
+
+def test_a_pass_that_is_ended_goes_on_by_its_name(make_rig):
+    """As a supervisor does that comes back and finds a pass whose exports are gone."""
+    rig = make_rig(sizes={1: 64 * MiB})
+    old, expected = live(rig)
+    unseen(rig, 5, 200)
+    socket, named = rig.short / "ship.sock", "ab" * 16
+    call(socket, "limit", read_limit=24 * MiB)
+    call(socket, "sync.start", mode="full", disks=rig.exports, id=named)
+    # The second place: of the first one the source has heard by then.
+    until(lambda: rig.receiver_status()["groups"]["web"]["sync"]["offset"] >= 32 * MiB, why="a place is durable")
+    gone = {"1": {"socket": str(rig.short / "none.sock"), "export": "d1"}}
+    rig.kill("nbd1")
+    with pytest.raises(RuntimeError, match="a sync is running already"):
+        call(socket, "sync.start", mode="full", disks=gone, id=named)
+    call(socket, "sync.cancel")
+    until(lambda: rig.status()["sync"]["job"] == "stopped")
+    rig.serve_disks()
+    call(socket, "limit", read_limit=0)
+    rig.sync("full", id=named)
+    assert rig.status()["sync"]["read_bytes"] <= 48 * MiB, "it began anew"
+    assert rig.view(rig.mark()["number"]) == disks(rig)
+    assert rig.view(old) == expected
