@@ -9,7 +9,8 @@ from typing import Any
 from drctl.cli import render
 from drctl.cli.report_text import cut, utc
 from drctl.plan.output import tame
-from drctl.plan.report import Ages, Line, Report
+from drctl.plan.report import Line, Report
+from drctl.plan.report_pictures import Ages
 
 #: Of one output so much is shown; of all together so much less what pictures take, in characters.
 OUTPUT = 8 * 1024

@@ -45,13 +45,15 @@ def _shrunk(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return pixels
     height, width = max(1, height // factor), max(1, width // factor)
     squares = pixels[: height * factor, : width * factor].reshape(height, -1, width, factor, 3)
-    return squares.mean(axis=(1, 3)).astype(np.uint8)
+    means: npt.NDArray[np.uint8] = squares.mean(axis=(1, 3)).astype(np.uint8)
+    return means
 
 
 def _colours(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Indexes into the palette: three bits of red and green, two of blue."""
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-    return (red & 0xE0) | ((green & 0xE0) >> 3) | (blue >> 6)
+    indexes: npt.NDArray[np.uint8] = ((red & 0xE0) | ((green & 0xE0) >> 3) | (blue >> 6)).astype(np.uint8)
+    return indexes
 
 
 def _palette() -> bytes:

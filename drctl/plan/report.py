@@ -4,12 +4,12 @@ Times are seconds; moments are wall seconds since the epoch, `at` is counted fro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from drctl.plan.record import RunRecord, StepRecord
+from drctl.plan.report_pictures import Ages, Console, as_mapping, as_number, read_ages, read_console
 from drctl.plan.step import Compiled, StepKind
 
 #: Descriptions of steps in one line of the record: far below its longest line, whatever their texts are.
@@ -17,7 +17,6 @@ ROWS_PER_EVENT = 1000
 #: Runs that a trend goes back.
 TREND = 20
 _ENDINGS = (StepKind.CLEAN_UP, StepKind.UNDO)
-_BASE64 = re.compile(r"iVBORw0KGgo[A-Za-z0-9+/]*={0,2}")
 _HEALTH = (StepKind.BOOT, StepKind.RE_IP, StepKind.CHECK)
 
 
@@ -93,28 +92,6 @@ class Past:
     verdict: str
     rto: float | None
     rpo: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Console:
-    """What a recovered machine showed at the end: `png` (base64) of its screen, or `text` of its console; `reason`
-    says why there is no picture."""
-
-    group: str
-    machine: str
-    png: str
-    text: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ages:
-    """Of a group's newest checkpoint, the greatest in each equal part of begin..end; None: there was none."""
-
-    group: str
-    begin: float
-    end: float
-    worst: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,21 +191,21 @@ def make_report(record: RunRecord, earlier: Sequence[RunRecord] = (), *, head: s
         ended=record.ended,
         operator=str(facts.get("operator") or ""),
         place=str(facts.get("place") or ""),
-        versions={"drctl": facts.get("version"), **_mapping(facts.get("versions"))},
+        versions={"drctl": facts.get("version"), **as_mapping(facts.get("versions"))},
         commit=str(facts.get("commit") or ""),
         digest=str(facts.get("digest") or ""),
         checkpoint=str(facts.get("checkpoint") or ""),
         rto=rto(record),
-        rto_target=_number(facts.get("rto_target")) or 0.0,
-        rpo_target=_number(facts.get("rpo_target")) or 0.0,
+        rto_target=as_number(facts.get("rto_target")) or 0.0,
+        rpo_target=as_number(facts.get("rpo_target")) or 0.0,
         groups=_groups(record),
         stages=_stages(record, lines),
         machines=_machines(record, lines),
         lines=lines,
         trend=_trend(record, earlier),
         resumed=record.resumed,
-        consoles=tuple(_console(row) for row in record.consoles),
-        ages=tuple(_ages(facts)),
+        consoles=tuple(read_console(row) for row in record.consoles),
+        ages=tuple(read_ages(facts)),
         head=head,
         damage=damage,
         facts=facts,
@@ -265,7 +242,7 @@ def _line(record: RunRecord, identity: str, row: Mapping[str, Any], step: StepRe
         reason=step.reason if step else "",
         seen=str(facts.get("seen") or ""),
         output=step.output if step else "",
-        attempts=int(_number(facts.get("attempts")) or 0),
+        attempts=int(as_number(facts.get("attempts")) or 0),
     )
 
 
@@ -290,8 +267,8 @@ def _stages(record: RunRecord, lines: Sequence[Line]) -> tuple[Timed, ...]:
     for line in lines:
         if line.stage:
             found.setdefault(line.stage, []).append(line)
-    targets = _mapping(record.facts.get("stage_targets"))
-    return tuple(_timed(own, name, "", name, _number(targets.get(name)) or 0.0) for name, own in found.items())
+    targets = as_mapping(record.facts.get("stage_targets"))
+    return tuple(_timed(own, name, "", name, as_number(targets.get(name)) or 0.0) for name, own in found.items())
 
 
 def _machines(record: RunRecord, lines: Sequence[Line]) -> tuple[Timed, ...]:
@@ -302,7 +279,7 @@ def _machines(record: RunRecord, lines: Sequence[Line]) -> tuple[Timed, ...]:
     made = []
     for (group, name, stage), own in found.items():
         boot = next((line.id for line in own if line.kind == StepKind.BOOT), "")
-        target = _number(record.described.get(boot, {}).get("rto_target")) or 0.0
+        target = as_number(record.described.get(boot, {}).get("rto_target")) or 0.0
         made.append(_timed(own, name, group, stage, target))
     return tuple(made)
 
@@ -328,7 +305,7 @@ def _timed(lines: Sequence[Line], name: str, group: str, stage: str, target: flo
 
 
 def _groups(record: RunRecord) -> tuple[GroupOutcome, ...]:
-    forecast = _mapping(record.facts.get("loss_seconds"))
+    forecast = as_mapping(record.facts.get("loss_seconds"))
     newest = record.facts.get("checkpoint") == "latest"
     made = []
     for step in record.steps.values():
@@ -336,11 +313,11 @@ def _groups(record: RunRecord) -> tuple[GroupOutcome, ...]:
             continue
         name = step.id.removeprefix("group:").removesuffix("/recover")
         facts = step.facts
-        taken, started = _number(facts.get("checkpoint_time")), _number(facts.get("started"))
+        taken, started = as_number(facts.get("checkpoint_time")), as_number(facts.get("started"))
         age = max(0.0, started - taken) if taken is not None and started is not None else None
-        told = _number(facts.get("loss_seconds"))
-        rpo = told if told is not None else age if newest and age is not None else _number(forecast.get(name))
-        number = _number(facts.get("checkpoint"))
+        told = as_number(facts.get("loss_seconds"))
+        rpo = told if told is not None else age if newest and age is not None else as_number(forecast.get(name))
+        number = as_number(facts.get("checkpoint"))
         outcome = step.outcome.value if step.outcome else "unfinished"
         made.append(
             GroupOutcome(
@@ -372,31 +349,3 @@ def _past(record: RunRecord) -> Past:
     known = [age for age in ages if age is not None]
     worst = max(known) if known and len(known) == len(ages) else None
     return Past(record.run, record.began, record.verdict or "unfinished", rto(record), worst)
-
-
-def _console(row: Mapping[str, Any]) -> Console:
-    png = str(row.get("png") or "")
-    whole = bool(_BASE64.fullmatch(png))
-    words = {key: str(row.get(key) or "") for key in ("group", "machine", "text", "reason")}
-    return Console(png=png if whole else "", **words)
-
-
-def _ages(facts: Mapping[str, Any]) -> Iterable[Ages]:
-    """What the record's first line tells of each group's last day."""
-    for group, told in _mapping(facts.get("checkpoint_ages")).items():
-        row = _mapping(told)
-        begin, end, worst = _number(row.get("begin")), _number(row.get("end")), row.get("worst")
-        if begin is not None and end is not None and end > begin and isinstance(worst, list) and worst:
-            yield Ages(str(group), begin, end, tuple(_number(age) for age in worst))
-
-
-def _number(value: Any) -> float | None:
-    """A number out of a record that somebody else may have written."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
