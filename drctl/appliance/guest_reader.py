@@ -55,6 +55,8 @@ class HostFiles(Protocol):
 
     def tpm_directory(self, uuid: str, version: str) -> Path: ...
 
+    def nvram_path(self, name: str) -> Path: ...
+
     def put_directory(self, directory: Path, files: Mapping[str, bytes]) -> None: ...
 
     def remove_directory(self, directory: Path) -> None: ...
@@ -91,6 +93,8 @@ class GuestReader:
         self._read: dict[Path, tuple[Stamp, Packed]] = {}
         #: Of machines whose files are costly: when they were looked at, by which definition, and what they are.
         self._looked: dict[str, tuple[float, str, MachineFiles]] = {}
+        #: Where libvirt put the variables of a machine that ran, and the firmware that it chose.
+        self._ran: dict[str, tuple[Path, Firmware]] = {}
         #: This host's firmware, read once for all machines.
         self._offered: list[firmware.Firmware] | None = None
 
@@ -127,9 +131,11 @@ class GuestReader:
         if (facts := guest_state.variables(root)) is None:
             return None, None
         if not facts.path and not facts.refusal:
-            # Until its first start libvirt may have written down neither firmware nor place.
+            # libvirt 9.0 writes the firmware that it chose, and the place of its variables, into what runs alone.
             root = domain_xml.parse(self._host.live_definition(name))
             facts = guest_state.variables(root) or facts
+        if not facts.path and not facts.refusal:
+            return self._firmware_of_one_that_is_off(name, facts, looking)
         loader = (root.findtext("os/loader") or "").strip()
         if self._offered is None:
             self._offered = firmware.installed()
@@ -141,7 +147,15 @@ class GuestReader:
             looking.left_out.append(LeftOut("nvram", facts.refusal))
         if not facts.path:
             return None, described
+        self._ran[name] = (Path(facts.path), described)
         return self._take("nvram", Path(facts.path), NVRAM_LIMIT, looking), described
+
+    def _firmware_of_one_that_is_off(
+        self, name: str, facts: guest_state.Variables, looking: _Looking
+    ) -> tuple[Packed | None, Firmware]:
+        """As it was when it ran; else what lies where libvirt puts variables, whatever firmware they are of."""
+        path, described = self._ran.get(name, (self._files.nvram_path(name), Firmware(format=facts.format)))
+        return self._take("nvram", path, NVRAM_LIMIT, looking), described
 
     def _tpm(self, root: ET.Element, looking: _Looking) -> Tpm | None:
         if (facts := guest_state.tpm(root)) is None:

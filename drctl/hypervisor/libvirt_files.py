@@ -102,11 +102,16 @@ class LibvirtFiles:
         stream.finish()
         return b"".join(parts)
 
-    # -- the state of an emulated TPM ---------------------------------------------------------------------------------
+    # -- what libvirt places ------------------------------------------------------------------------------------------
 
     def tpm_directory(self, uuid: str, version: str) -> Path:
         """Where libvirt keeps the state of a machine's emulated TPM, unless its definition says otherwise."""
         return tpm_root(self._connection.uri) / uuid / ("tpm1.2" if version == "1.2" else "tpm2")
+
+    def nvram_path(self, name: str) -> Path:
+        """Where libvirt puts the UEFI variables of a machine whose definition names no place."""
+        beside = tpm_root(self._connection.uri).parent
+        return (beside / "qemu" if self._system else beside) / "nvram" / f"{name}_VARS.fd"
 
     def put_directory(self, directory: Path, files: Mapping[str, bytes]) -> None:
         """Make a directory of exactly these files, for swtpm's user alone. What was in it is gone."""

@@ -134,6 +134,35 @@ def test_variables_that_libvirt_has_placed_at_the_start_are_found(host, tmp_path
     assert GuestReader(host).machines({"web": definition(tmp_path, nvram=False)})["web"].nvram is not None
 
 
+def test_variables_of_a_machine_that_is_off_are_where_they_were_when_it_ran(host, tmp_path):
+    fill(tmp_path)
+    off = host.live = definition(tmp_path, nvram=False).replace("<loader>/fw/CODE.fd</loader>", "")
+    host.live = definition(tmp_path)
+    reader = GuestReader(host)
+    ran = reader.machines({"web": off})["web"]
+    host.live = off
+    (tmp_path / "web_VARS.fd").write_bytes(b"\x01" * 540672)
+    parted = reader.machines({"web": off}, force=True)["web"]
+    assert parted.firmware == ran.firmware
+    assert parted.nvram.contents() == b"\x01" * 540672
+    host.files().nvram_path = lambda name: tmp_path / f"{name}_VARS.fd"
+    fresh = GuestReader(host).machines({"web": off})["web"]
+    assert fresh.nvram == parted.nvram
+    assert fresh.firmware.loader == ""
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("qemu:///system", "/var/lib/libvirt/qemu/nvram/a_VARS.fd"),
+        ("qemu+unix:///session?socket=/x", "/c/libvirt/qemu/nvram/a_VARS.fd"),
+    ],
+)
+def test_where_libvirt_puts_variables(monkeypatch, uri, path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/c")
+    assert LibvirtFiles(SimpleNamespace(uri=uri)).nvram_path("a") == Path(path)
+
+
 def test_what_is_not_there_is_no_fault(host, tmp_path):
     files = GuestReader(host).machines({"web": definition(tmp_path)})["web"]
     assert (files.nvram, files.tpm, files.media) == (None, None, {})
