@@ -19,7 +19,7 @@ from tests.integration.fault_rig import GROUP, protect
 from tests.integration.test_failback import MIB, Sites
 
 pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(1800)]
-#: Kills of one process each, at random moments of resyncs. tests/integration/test_failback.py has 40 in failbacks.
+#: Kills of one process each, at random moments of resyncs. test_failback.py has 20 in a failback.
 KILLS = 60
 VICTIMS = ("shipper", "tap", "receiver", "supervisor", "beta-supervisor")
 #: A file of a disk that no guest writes: the payload that the witness reads at its boot.
@@ -126,7 +126,8 @@ def test_everything_is_killed_again_and_again_during_resyncs(sites):
     for count in range(KILLS):
         if count % 10 == 0:
             faults.await_live(180)
-            faults.judge_listed(since=begun - 3, most=5)
+            judged = faults.judge_listed(since=begun - 3, most=5)
+            sys.stderr.write(f"  after {count} kills: live, {judged} judged, {time.time() - begun:.0f} s\n")
         with subprocess.Popen(
             sites.command("resync", GROUP, "--yes", "--timeout", "60s"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as running:
