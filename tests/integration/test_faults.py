@@ -169,6 +169,7 @@ def test_a_dead_link_is_dialled_anew(faults):
 
 @long
 def test_a_full_ring_drops_and_catches_up(faults):
+    apply(faults, replace(faults.spec, spill_size=0))
     with faults.trial("ring full", live=120):
         faults.relay.cut()
         faults.rig.observer.send("rate max", wait=60)
@@ -181,6 +182,7 @@ def test_a_full_ring_drops_and_catches_up(faults):
 
 @long
 def test_a_full_ring_under_full_load_catches_up_while_the_guests_write_on(faults):
+    apply(faults, replace(faults.spec, spill_size=0))
     with faults.trial("ring full, writes go on", live=240):
         faults.relay.cut()
         faults.rig.observer.send("rate 200", wait=60)
