@@ -24,12 +24,12 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 MINIMUM_INTERVAL = 0.5
 MAXIMUM_INTERVAL = 60.0
 MINIMUM_RING = 16 * MiB
-#: Room comes back in pieces of a sixteenth, each of several chunks.
-MINIMUM_SPILL = 64 * MiB
 #: A group whose source is an ESX host has a checkpoint per cycle of snapshots, each of which stuns its machines.
 CYCLE_INTERVAL, MINIMUM_CYCLE_INTERVAL, MAXIMUM_CYCLE_INTERVAL = 300.0, 30.0, 86400.0
 #: Where the appliance of an ESX host runs, when it is this machine.
 HERE = "local"
+#: Room comes back in pieces of a sixteenth, each of several chunks.
+MINIMUM_SPILL = 64 * MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +121,6 @@ def read_defaults(table: Table) -> Defaults:
     return defaults
 
 
-def read_cycle_interval(table: Table) -> float:
-    """`checkpoint_interval` of a group whose source is an ESX host: between snapshot cycles. Raises ConfigInvalid."""
-    return table.duration(
-        "checkpoint_interval", CYCLE_INTERVAL, minimum=MINIMUM_CYCLE_INTERVAL, maximum=MAXIMUM_CYCLE_INTERVAL
-    )
-
-
 def read_spill(table: Table, default: int) -> int:
     """`spill_size` in bytes, 0 for none. Raises ConfigInvalid."""
     size = table.size("spill_size", default)
@@ -135,6 +128,13 @@ def read_spill(table: Table, default: int) -> int:
         hint = f'at least {format_bytes(MINIMUM_SPILL)}, or "0 B" for none'
         raise table.error("spill_size", f"{format_bytes(size)} is too small", hint=hint)
     return size
+
+
+def read_cycle_interval(table: Table) -> float:
+    """`checkpoint_interval` of a group whose source is an ESX host: between snapshot cycles. Raises ConfigInvalid."""
+    return table.duration(
+        "checkpoint_interval", CYCLE_INTERVAL, minimum=MINIMUM_CYCLE_INTERVAL, maximum=MAXIMUM_CYCLE_INTERVAL
+    )
 
 
 def read_interval(table: Table, default: float) -> float:

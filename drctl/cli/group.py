@@ -144,11 +144,11 @@ def delete(
         )
     if not places and not (path and path.exists()):
         raise NotFound("group", group, known=inventory.groups)
-    # The source first: a recovery side without its group would refuse a source that still sends.
-    ordered = sorted(places, key=lambda place: place.role == "recovery")
     for place in places:
         if place.role == "recovery":
             demand_unlocked(context, place.host, group, KEEP_REPLICA)
+    # The source first: a recovery side without its group would refuse a source that still sends.
+    ordered = sorted(places, key=lambda place: place.role == "recovery")
     steps = [f"remove {group} at {place.host.site}/{place.host.name} ({place.role})" for place in ordered]
     steps += [f"delete {path}"] if path and path.exists() else []
     if propose(context.screen, steps, dry_run=dry_run, yes=yes):

@@ -79,10 +79,10 @@ def draw(context: Context, inventory: Inventory, groups: Sequence[str]) -> tuple
 def _pairs(places: list[Place | None]) -> list[tuple[Place | None, Place | None]]:
     return list(zip(places[::2], places[1::2], strict=True))
 
-    if place and place.status:
-        return Answer(place.host, place.status)
 
 def _ask(context: Context, place: Place | None) -> Answer | None:
+    if place and place.status:
+        return Answer(place.host, place.status)
     return ask(context, place.host, "group.status", group=place.group, role=place.role) if place else None
 
 
