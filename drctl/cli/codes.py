@@ -43,7 +43,7 @@ _ADVICE = {
     "locked": "Another operator works on the group; the message says who and until when. Wait, or see drctl status.",
     "refused": "A guard protects your data. Read what it asks for; give it only when you know that it is true.",
     "source-alive": "Look at the source: drctl status GROUP. While it lives, move without loss: drctl switchover.",
-    "retention-locked": "Wait for the date that is named. A lock can be lengthened, never shortened: that is what it is for.",
+    "retention-locked": "Wait for the date that is named. A lock can be lengthened, never shortened.",
     "host-unreachable": "Is the hypervisor up, and does the login work? drctl doctor looks closer.",
     "hypervisor-refused": "The hypervisor said no; its own words are in the message.",
     "appliance-unreachable": "Is the service running on that host? systemctl status drctl there; drctl doctor here.",

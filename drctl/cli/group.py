@@ -14,9 +14,9 @@ from drctl.cli.confirm import confirm_name, propose
 from drctl.cli.context import Context
 from drctl.cli.group_file import decode_group, group_path, read_groups, render_group, spec_json, usual_interval
 from drctl.cli.inventory import Inventory, Place, take_inventory
+from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
 from drctl.cli.replicate import KEEP_REPLICA
 from drctl.cli.retention import demand_unlocked
-from drctl.cli.options import Confirm, DryRun, Format, GroupName, Output, Yes, begin, examples, noun, seconds
 from drctl.errors import AlreadyExists, ApplianceUnreachable, NotFound, WrongPhase
 from drctl.model.group import GroupSpec
 from drctl.toml.table import parse_toml

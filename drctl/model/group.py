@@ -23,8 +23,8 @@ DEFAULT_LADDER = (Rung(3600, 0), Rung(86400, 60), Rung(7 * 86400, 3600))
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long history is kept. `history` is the target in seconds, `journal_limit` the hard limit in bytes; of the last
-    `lock` seconds nothing may be shortened or deleted (store/retention_lock.py; 0: no lock)."""
+    """How long history is kept. `history` is the target in seconds, `journal_limit` the hard limit in bytes; of the
+    last `lock` seconds nothing may be shortened or deleted (store/retention_lock.py; 0: no lock)."""
 
     history: float = 7 * 86400
     ladder: tuple[Rung, ...] = DEFAULT_LADDER
