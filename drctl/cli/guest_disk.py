@@ -130,7 +130,9 @@ def pick(found: list[Volume], number: int | None) -> Volume:
 
 
 #: For volumes in volumes: LVM, RAID, encryption.
-_OTHER = "with libguestfs (libguestfs-tools, guestmount) LVM and RAID are looked into; encrypted: drctl checkpoint serve"
+_OTHER = (
+    "with libguestfs (libguestfs-tools, guestmount) LVM and RAID are looked into; encrypted: drctl checkpoint serve"
+)
 
 
 def _demand_mountable(volume: Volume) -> Volume:

@@ -121,9 +121,9 @@ def test_a_running_sync_is_shown_with_its_share(world) -> None:
 def test_old_disks_that_were_given_up_are_told(world) -> None:
     world.applied()
     gone = {"phase": "open", "checkpoint": 41, "kept_until": None, "given_up": 1.8e9, "leftovers": []}
-    world.beta.replies["group.status"] = lambda params, _: world.beta._recovery_status(params["group"]) | {
-        "failback": gone
-    }
+    world.beta.replies["group.status"] = lambda params, _: (
+        world.beta._recovery_status(params["group"]) | {"failback": gone}
+    )
     assert "checkpoint #41 given up at " in world("status", "web").out
 
 
