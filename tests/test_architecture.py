@@ -22,6 +22,7 @@ EDGES = {
     "appliance/daemon.py": "one thing that is supervised must not end the supervisor",
     "appliance/reign_guard.py": "one group's boot must not end with a bug, and its guests stay down",
     "appliance/protection.py": "one group's bug must not end the protection of others",
+    "appliance/esx_protection.py": "the same, on an ESX host",
     "cli/bisect_run.py": "what a try's thread raises is raised again by the one that waits for it",
     "plan/execute.py": "what a step's thread raises is raised again by the one that waits for it",
     "replication/control.py": "one request must not end the process",

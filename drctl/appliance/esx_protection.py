@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -20,6 +19,7 @@ from drctl.appliance.disk_changes import taken_up
 from drctl.appliance.esx_cycles import Cycles
 from drctl.appliance.esx_definition import EsxDefinition
 from drctl.appliance.esx_guests import EsxGuests
+from drctl.appliance.esx_orders import Orders, answer, wait_for
 from drctl.appliance.esx_record import CycleFile
 from drctl.appliance.esx_reign import ReignAsker
 from drctl.appliance.esx_sink import Stream, StreamSink
@@ -29,7 +29,7 @@ from drctl.appliance.shipper_link import ShipperLink
 from drctl.appliance.strays import Strays
 from drctl.appliance.tappable import check_machines
 from drctl.appliance.worker import Worker
-from drctl.errors import DrctlError, Interrupted, StepFailed, WrongPhase
+from drctl.errors import DrctlError, Interrupted, WrongPhase
 from drctl.hypervisor.esx import domain
 from drctl.hypervisor.esx.cycle import DiskKey
 from drctl.hypervisor.esx.inventory import EsxMachine
@@ -42,18 +42,6 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 #: After a cycle that failed, doubled each time, never longer than the interval.
 AGAIN_SECONDS = 5.0
-#: Longest that an ordered checkpoint is waited for.
-ORDER_SECONDS = 3600.0
-
-
-@dataclass(slots=True)
-class Order:
-    """A checkpoint that somebody waits for."""
-
-    tags: tuple[str, ...]
-    ended: threading.Event = field(default_factory=threading.Event)
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    error: DrctlError | None = None
 
 
 class EsxProtection:
@@ -72,7 +60,7 @@ class EsxProtection:
         self._definition = EsxDefinition(home, group, guests)
         self._sink: StreamSink | None = None
         self._seen: list[EsxMachine] = []
-        self._orders: list[Order] = []
+        self._orders = Orders()
         self._due = 0.0
         self._again = AGAIN_SECONDS
         self._take_up = False
@@ -155,18 +143,9 @@ class EsxProtection:
 
     def checkpoint(self, tags: Sequence[str], told: Callable[[], None]) -> dict[str, Any]:
         """A cycle now, and the checkpoint that it becomes. Raises what the cycle failed with."""
-        order = Order(tuple(tags))
-        with self._lock:
-            self._orders.append(order)
+        order = self._orders.give(tags)
         self.wake()
-        deadline = time.monotonic() + ORDER_SECONDS
-        while not order.ended.wait(1.0):
-            told()
-            if time.monotonic() > deadline:
-                raise StepFailed(f"no checkpoint within {ORDER_SECONDS:.0f} s: {self._state.reason}")
-        if order.error is not None:
-            raise order.error
-        return order.checkpoint
+        return wait_for(order, told, lambda: self._state.reason)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -288,7 +267,8 @@ class EsxProtection:
         """One cycle, or the rest of one that was broken off; and those who ordered it are told."""
         assert self._sink is not None
         begun = time.monotonic()
-        orders = self._taken_orders()
+        # None that was given after the cycle's snapshots were taken.
+        orders = [] if self.cycles.is_underway() else self._orders.take()
         self._sink.tags = tuple(dict.fromkeys(tag for order in orders for tag in order.tags))
         try:
             if self._definition.refresh(self._state):
@@ -296,20 +276,9 @@ class EsxProtection:
             self.cycles.run(self._sink, [one.vmx for one in self._seen])
             self._succeeded(begun)
         except BaseException:
-            with self._lock:
-                self._orders = [*orders, *self._orders]  # whoever takes the error up tells them
+            self._orders.put_back(orders)  # whoever takes the error up tells them
             raise
-        for order in orders:
-            order.checkpoint = dict(self._sink.checkpoint)
-            order.ended.set()
-
-    def _taken_orders(self) -> list[Order]:
-        """The orders that this cycle answers: none that was given after its snapshots were taken."""
-        if self.cycles.is_underway():
-            return []
-        with self._lock:
-            orders, self._orders = self._orders, []
-        return orders
+        answer(orders, self._sink.checkpoint)
 
     def _succeeded(self, begun: float) -> None:
         assert self._sink is not None
@@ -332,7 +301,7 @@ class EsxProtection:
             self._put_off()
         else:
             self._wake.wait(AGAIN_SECONDS)
-        self._end_orders(exc)
+        self._orders.refuse(exc)
 
     def _put_off(self) -> None:
         interval = self._state.spec.checkpoint_interval
@@ -350,7 +319,7 @@ class EsxProtection:
         """End the stream. Of a paused group the newest snapshot stays, so that the resume reads only what was written
         since; of any other none of ours does."""
         desired = self._state.desired
-        self._end_orders(WrongPhase(f"{self._state.spec.name} is {self._state.phase}; no checkpoint is made"))
+        self._orders.refuse(WrongPhase(f"{self._state.spec.name} is {self._state.phase}; no checkpoint is made"))
         self._close_sink()
         if self._state.epoch:
             self.worker.remove()
@@ -362,13 +331,6 @@ class EsxProtection:
                 self.cycles.stop()
         self._left = self._state.desired is desired
         self._say("")
-
-    def _end_orders(self, error: DrctlError) -> None:
-        with self._lock:
-            orders, self._orders = self._orders, []
-        for order in orders:
-            order.error = error
-            order.ended.set()
 
     def _close_sink(self) -> None:
         if self._sink is not None:
