@@ -1,31 +1,22 @@
 """What a group's machines would lack or find changed at their recovery host, told before they have to run there.
 
-At the source `describe` tells the machines as they travel, without contents; at the recovery side `look` says what
-comes of them here, and `findings` says so of what the stores hold already."""
+At the source description.py tells the machines as they travel, without contents; here, at the recovery side, `look`
+says what comes of them, and `findings` says so of what the stores hold already."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, Protocol
-
-import msgspec
+from typing import Any
 
 from drctl.appliance.control import Handler
-from drctl.appliance.definition import machines_of
-from drctl.appliance.guest_files import files_from
-from drctl.appliance.guest_reader import GuestHost, GuestReader
 from drctl.appliance.recovery_forecast import examine
 from drctl.appliance.recovery_ports import Recoverable, Tools
 from drctl.appliance.recovery_state import RecoveryKind, RecoveryRecord
 from drctl.appliance.recovery_steps import plan_machine
 from drctl.appliance.recovery_store import recoverable_from
 from drctl.errors import DrctlError
-from drctl.hypervisor import domain_xml
-from drctl.model.group import GroupDisk, GroupSpec
-from drctl.model.machine import Machine
 
 #: What a store's machines would find here is worked out this often; it changes by somebody's hand only.
 FRESH_SECONDS = 60.0
@@ -33,23 +24,6 @@ FRESH_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 Finding = dict[str, str]
-
-
-class DescribingHost(GuestHost, Protocol):
-    def machine(self, name: str) -> Machine: ...
-
-
-def describe(host: DescribingHost, spec: GroupSpec) -> dict[str, Any]:
-    """The machines of a group, as a DEFINITION would have them; contents and passwords are left out.
-
-    Raises NotFound, HostUnreachable."""
-    machines = machines_of(host, spec.machines, GuestReader(host))
-    for machine in machines:
-        machine["files"] = files_from(machine["files"]).described().as_dict()
-        machine["definition"] = domain_xml.without_passwords(machine["definition"])
-    disks = [GroupDisk(0, name, disk.target, disk.size) for name in spec.machines for disk in host.machine(name).disks]
-    numbered = [asdict(GroupDisk(number, d.machine, d.target, d.size)) for number, d in enumerate(disks)]
-    return {"spec": msgspec.to_builtins(spec), "machines": machines, "disks": numbered}
 
 
 class FitService:

@@ -14,8 +14,8 @@ from typing import Any
 from drctl.appliance.change_tracking import ChangeTracking
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
+from drctl.appliance.description import describe
 from drctl.appliance.evacuation_record import EvacuationFile
-from drctl.appliance.fit_service import describe
 from drctl.appliance.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.guest_notes import wanted
 from drctl.appliance.image_stamp import RUNNING

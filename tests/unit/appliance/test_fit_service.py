@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from drctl.appliance.definition import DefinitionFile
-from drctl.appliance.fit_service import FitService, describe
+from drctl.appliance.description import describe
+from drctl.appliance.fit_service import FitService
 from drctl.appliance.group_state import GroupState
 from drctl.appliance.guest_reader import GuestReader
 from drctl.appliance.recovery_memory import MemoryWorld
