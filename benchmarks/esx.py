@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.lab_world import save
 from benchmarks.pipeline import payloads
-from drctl.appliance import esx_address
+from drctl.appliance.esx import address as esx_address
 from drctl.hypervisor.esx.host import EsxHost
 from drctl.model.extent import MiB, parse_bytes
 from tests.esxsim.host import EsxSim

@@ -15,39 +15,39 @@ from typing import TYPE_CHECKING, Any
 
 from drctl.appliance import config as configuration
 from drctl.appliance.certificate_service import CertificateService
-from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler, Progress
-from drctl.appliance.esx_address import is_esx
-from drctl.appliance.evacuation import Evacuations, in_the_way
-from drctl.appliance.evacuation_record import EvacuationFile
-from drctl.appliance.failback_exports import OldExports
-from drctl.appliance.failback_ports import Deps
-from drctl.appliance.failback_reign import FailbackReign
-from drctl.appliance.failback_sample import FailbackSample
-from drctl.appliance.failback_service import FailbackService
-from drctl.appliance.group_state import spec_from
-from drctl.appliance.handover_service import HandoverService
-from drctl.appliance.held_store import HeldStores
+from drctl.appliance.esx.address import is_esx
+from drctl.appliance.failback.exports import OldExports
+from drctl.appliance.failback.ports import Deps
+from drctl.appliance.failback.reign import FailbackReign
+from drctl.appliance.failback.sample import FailbackSample
+from drctl.appliance.failback.service import FailbackService
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
 from drctl.appliance.lease import Leases
-from drctl.appliance.link_service import LinkService
 from drctl.appliance.metrics_service import MetricsService
 from drctl.appliance.notify import Notifier
 from drctl.appliance.picture import Pictures, Shown
 from drctl.appliance.process import Processes
-from drctl.appliance.receiver_link import ReceiverLink
-from drctl.appliance.recovery_host import open_recovery
+from drctl.appliance.recovery.host import open_recovery
+from drctl.appliance.recovery.run_pictures import RunPictures
+from drctl.appliance.replica.checkpoint_serve import CheckpointServer
+from drctl.appliance.replica.expiry import KEEP_SECONDS, StoreExpiry
+from drctl.appliance.replica.held_store import HeldStores
+from drctl.appliance.replica.receiver_link import ReceiverLink
+from drctl.appliance.replica.seed_service import SeedService
+from drctl.appliance.replica.service import StoreService
 from drctl.appliance.roles import RECOVERY, SOURCE, Roles, RoleView
-from drctl.appliance.run_pictures import RunPictures
 from drctl.appliance.run_service import open_runs
-from drctl.appliance.seed_service import SeedService
-from drctl.appliance.source_service import SourceService
-from drctl.appliance.source_verification import SourceVerification
+from drctl.appliance.source.evacuation import Evacuations, in_the_way
+from drctl.appliance.source.evacuation_record import EvacuationFile
+from drctl.appliance.source.group_state import spec_from
+from drctl.appliance.source.handover_service import HandoverService
+from drctl.appliance.source.link_service import LinkService
+from drctl.appliance.source.service import SourceService
+from drctl.appliance.source.verification import SourceVerification
 from drctl.appliance.state_watch import States, StateWatch, group_states
-from drctl.appliance.store_expiry import KEEP_SECONDS, StoreExpiry
-from drctl.appliance.store_service import StoreService
 from drctl.appliance.support import collect
 from drctl.errors import DrctlError, HostUnreachable, WrongPhase
 from drctl.hypervisor.libvirt import LibvirtHypervisor
@@ -55,7 +55,7 @@ from drctl.model.hook import Hook
 from drctl.store import atomic
 
 if TYPE_CHECKING:
-    from drctl.appliance.esx_daemon import EsxAppliance
+    from drctl.appliance.esx.daemon import EsxAppliance
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Appliance:
 
     def _supervise_children(self) -> None:
         rings = str(self._home.run / "rings")
-        self._processes.ensure("watchdog", "drctl.appliance.watchdog", [rings])
+        self._processes.ensure("watchdog", "drctl.appliance.source.watchdog", [rings])
         self._receiver.ensure()
         self._expiry.sweep()
 
@@ -327,7 +327,7 @@ def _connect(uri: str, stopped: threading.Event) -> LibvirtHypervisor:
 def _made(home: Home, notifier: Notifier) -> Appliance | EsxAppliance:
     """The appliance of the host that the home's `uri` names."""
     if is_esx(home.config.uri):
-        from drctl.appliance.esx_daemon import EsxAppliance  # paramiko is for these alone
+        from drctl.appliance.esx.daemon import EsxAppliance  # paramiko is for these alone
 
         return EsxAppliance(home, notifier)
     return Appliance(home, notifier)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from drctl.cli import runs
 from drctl.cli.checks import DAY, Limits
 from drctl.cli.context import Context
-from drctl.cli.plan_files import find_plan, plan_paths
+from drctl.cli.plans import runs
+from drctl.cli.plans.files import find_plan, plan_paths
 from drctl.cli.plugin import Perf, Range, State, Verdict, at_most, judge
 from drctl.model.duration import format_duration
 from drctl.plan.engine import Verdict as RunVerdict

@@ -13,7 +13,7 @@ import typer.main
 from drctl import __version__
 from drctl.cli.app import COMMANDS, app, load
 from drctl.cli.codes import all_codes
-from drctl.cli.manual_plan import plan_page
+from drctl.cli.plans.manual_plan import plan_page
 
 _FILES = (
     ("drctl.toml", "Sites, hosts and defaults; see docs/configuration.md for every key."),

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from drctl.cli import plan_report, plan_show
 from drctl.cli.failover import SourceIsDown
-from drctl.cli.junit import write_junit
 from drctl.cli.options import DryRun, Format, Output, Selector, Yes, begin, examples, noun
-from drctl.cli.plan_files import find_plan, plan_path, plan_paths
-from drctl.cli.plan_inventory import from_appliances, from_files
+from drctl.cli.plans import findings as plan_report
+from drctl.cli.plans import show as plan_show
+from drctl.cli.plans.files import find_plan, plan_path, plan_paths
+from drctl.cli.plans.inventory import from_appliances, from_files
+from drctl.cli.plans.junit import write_junit
 from drctl.cli.switchover import OnShutdownTimeout, ShutdownTimeout
 from drctl.errors import DrctlError
 from drctl.model.move import OnTimeout
@@ -171,7 +172,7 @@ def run(
 
     Exits with 40 when the plan ran and failed, with 41 when it was stopped, with 42 when it could not be run, with 44
     when what it made could not be cleaned up."""
-    from drctl.cli import plan_run
+    from drctl.cli.plans import run as plan_run
 
     context = begin(ctx, output)
     if keep and mode is not ModeName.TEST:

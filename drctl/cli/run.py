@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from drctl.cli import render, runs
+from drctl.cli import render
 from drctl.cli.options import DryRun, Format, Output, Yes, begin, examples, noun
+from drctl.cli.plans import runs
 from drctl.errors import IntegrityError
 from drctl.plan.output import tame, tame_line
 from drctl.plan.record import StepRecord
@@ -158,7 +159,7 @@ def report(
     html is one file without scripts, to mail and to print; nothing in it is fetched from elsewhere. junit has a case
     for each machine and check. What scripts said is cut where it is long, and the text says so; json has all of it
     that the record kept."""
-    from drctl.cli import run_report
+    from drctl.cli.plans import report as run_report
 
     context = begin(ctx)
     text = run_report.render(run_report.look(context, run), kind)
@@ -183,7 +184,7 @@ def verify(
     Its lines are chained by hashes. The recovery site's appliance signs up to which line it keeps them; the other site
     keeps the hash of a line, where it could be reached. What holds is told, and up to which line; what is missing is no
     error, what does not fit is: exit code 31, and the first broken line."""
-    from drctl.cli import run_verify
+    from drctl.cli.plans import verify as run_verify
 
     context = begin(ctx, output)
     found = runs.find(context, run)
@@ -210,6 +211,6 @@ def resume(
 
     What stands is not made again; scripts that had ended are not run again, one that was cut off is; health checks are
     done anew. A run that was cleaning up goes on with that. Exit codes are those of plan run."""
-    from drctl.cli import plan_run
+    from drctl.cli.plans import run as plan_run
 
     return plan_run.resume(begin(ctx, output), run, junit, dry_run=dry_run, yes=yes)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from drctl.appliance.recovery import Recovery
-from drctl.appliance.recovery_memory import MemoryWorld
-from drctl.appliance.recovery_state import RecoveryFiles
+from drctl.appliance.recovery.memory import MemoryWorld
+from drctl.appliance.recovery.recoveries import Recovery
+from drctl.appliance.recovery.state import RecoveryFiles
 from drctl.errors import ApplianceUnreachable
 
 GROUP = """\

@@ -319,7 +319,7 @@ def test_what_is_no_picture_is_never_an_address(plans, png) -> None:
 
 
 def test_pictures_have_a_bound(plans, monkeypatch) -> None:
-    monkeypatch.setattr("drctl.cli.report_html.ALL_PICTURES", 5000)
+    monkeypatch.setattr("drctl.cli.plans.report_html.ALL_PICTURES", 5000)
     png = "iVBORw0KGgo" + "A" * 4000
     page = Page(shown(plans, {"db": {"png": png, "text": ""}, "front": {"png": png, "text": ""}}))
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 1

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from drctl.appliance import config as configuration
-from drctl.appliance import esx_address
 from drctl.appliance.client import Client
-from drctl.appliance.esx_daemon import EsxAppliance
+from drctl.appliance.esx import address as esx_address
+from drctl.appliance.esx.daemon import EsxAppliance
 from drctl.appliance.notify import Notifier
-from drctl.appliance.store_expiry import StoreExpiry
-from drctl.appliance.store_service import StoreService
+from drctl.appliance.replica.expiry import StoreExpiry
+from drctl.appliance.replica.service import StoreService
 from drctl.errors import DrctlError
 from drctl.hypervisor.esx.session import Runner
 from drctl.hypervisor.esx.snapshots import owner

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from drctl.appliance import esx_address
 from drctl.appliance.client import Client
+from drctl.appliance.esx import address as esx_address
 from drctl.cli.app import run
 from drctl.errors import DrctlError
 from tests.esxsim import guest

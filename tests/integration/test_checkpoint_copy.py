@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance.checkpoint_serve import CheckpointServer
 from drctl.appliance.client import Client
 from drctl.appliance.control import ControlServer
 from drctl.appliance.process import Processes
-from drctl.appliance.recovery_store import GroupStores
+from drctl.appliance.recovery.store import GroupStores
+from drctl.appliance.replica.checkpoint_serve import CheckpointServer
 from drctl.cli.app import run
 from drctl.cli.config import Config
 from drctl.cli.context import Context

@@ -14,7 +14,7 @@ from threading import Event
 
 import pytest
 
-from drctl.appliance.seed_image import network_config, seed_image
+from drctl.appliance.recovery.seed_image import network_config, seed_image
 from drctl.errors import HypervisorRefused, NotFound
 from drctl.model.address import CardAddress
 from drctl.plan.readdress import readdress

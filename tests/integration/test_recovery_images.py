@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from drctl.appliance.recovery_images import QemuImages
+from drctl.appliance.recovery.images import QemuImages
 from drctl.errors import StepFailed
 from drctl.model.extent import MiB
 

@@ -122,7 +122,7 @@ class Host:
         return rig
 
     def new_supervisor(self):
-        from drctl.appliance.recovery_host import open_recovery
+        from drctl.appliance.recovery.host import open_recovery
 
         self.recovery = open_recovery(self.home, self.run, self.hypervisor, self.processes)
         self.recovery.resume()

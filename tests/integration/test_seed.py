@@ -12,8 +12,8 @@ from contextlib import closing
 
 import pytest
 
-from drctl.appliance.held_store import HeldStores
-from drctl.appliance.seed_service import SeedService
+from drctl.appliance.replica.held_store import HeldStores
+from drctl.appliance.replica.seed_service import SeedService
 from drctl.errors import Refused
 from drctl.replication.disk_connection import Export
 from drctl.replication.sample import Sampled, differing, sample

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance import worker as workers
 from drctl.appliance.config import ApplianceToml, Home
-from drctl.appliance.group_state import DiskState, GroupState
 from drctl.appliance.process import Processes, alive, start_time_of
-from drctl.appliance.worker import Worker
+from drctl.appliance.source import worker as workers
+from drctl.appliance.source.group_state import DiskState, GroupState
+from drctl.appliance.source.worker import Worker
 from drctl.model.group import GroupSpec
 from drctl.replication.tap_handover import handover_path
 from drctl.wire.ring import Word

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from drctl.appliance.seed_image import iso_image
+from drctl.appliance.recovery.seed_image import iso_image
 from drctl.lab.initramfs import Entry, _directories, _modules, _program, _with_libraries, cpio
 
 MIB = 2**20

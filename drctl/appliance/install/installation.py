@@ -36,7 +36,7 @@ HANDOVER_SECONDS = 15.0
 #: What has to work in the new environment before anything is switched to it.
 _PROOF = "import drctl.appliance.daemon, drctl.replication.shipper, drctl.replication.receiver, drctl.cli.app"
 #: Children that begin anew without harm, with the new version: the ring and the journal hold all they need.
-_RENEWED = ("drctl.replication.shipper", "drctl.replication.receiver", "drctl.appliance.watchdog")
+_RENEWED = ("drctl.replication.shipper", "drctl.replication.receiver", "drctl.appliance.source.watchdog")
 
 #: Guests that run have their AppArmor profile compiled already.
 _RELOAD = (

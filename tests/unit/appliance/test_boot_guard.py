@@ -9,8 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from drctl.appliance import guest_notes, libvirt_hook
-from drctl.appliance.boot_guard import (
+from drctl.appliance import libvirt_hook
+from drctl.appliance.config import ApplianceToml, Home
+from drctl.appliance.info import hook_findings
+from drctl.appliance.source import guest_notes
+from drctl.appliance.source.boot_guard import (
     GRACE_SECONDS,
     BootGuard,
     BootMarks,
@@ -21,11 +24,9 @@ from drctl.appliance.boot_guard import (
     refusals,
     undecided,
 )
-from drctl.appliance.config import ApplianceToml, Home
-from drctl.appliance.group_state import Desired, GroupState, GuestNote
-from drctl.appliance.info import hook_findings
-from drctl.appliance.reign_guard import ReignGuard
-from drctl.appliance.strays import Strays, superseded_here
+from drctl.appliance.source.group_state import Desired, GroupState, GuestNote
+from drctl.appliance.source.reign_guard import ReignGuard
+from drctl.appliance.source.strays import Strays, superseded_here
 from drctl.errors import HypervisorRefused, NotFound
 from drctl.model.group import GroupSpec
 from drctl.model.machine import Machine, MachineState

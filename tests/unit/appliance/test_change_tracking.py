@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from drctl.appliance.change_tracking import ChangeTracking, with_tracked
-from drctl.appliance.group_state import DiskState, GroupState
-from drctl.appliance.passes import pass_wanted
+from drctl.appliance.source.change_tracking import ChangeTracking, with_tracked
+from drctl.appliance.source.group_state import DiskState, GroupState
+from drctl.appliance.source.passes import pass_wanted
 from drctl.errors import ApplianceUnreachable, HypervisorRefused
 from drctl.hypervisor.change_bitmap import PREFIX
 from drctl.model.group import GroupSpec

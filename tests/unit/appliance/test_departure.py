@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance.departure import Clocks, stamp_at_end
-from drctl.appliance.image_stamp import image_stamp
+from drctl.appliance.source.departure import Clocks, stamp_at_end
+from drctl.appliance.source.image_stamp import image_stamp
 from drctl.model.machine import Disk
 
 #: The wall clock is so far ahead of the monotonic one.

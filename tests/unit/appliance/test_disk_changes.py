@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from drctl.appliance.disk_changes import disk_changes, taken_up
-from drctl.appliance.group_state import DiskState, GroupState
+from drctl.appliance.source.disk_changes import disk_changes, taken_up
+from drctl.appliance.source.group_state import DiskState, GroupState
 from drctl.model.group import GroupSpec
 from drctl.model.machine import Disk, Machine, MachineState
 

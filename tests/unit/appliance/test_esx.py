@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance import esx_address
-from drctl.appliance.esx_record import CycleFile
+from drctl.appliance.esx import address as esx_address
+from drctl.appliance.esx.record import CycleFile
 from drctl.errors import ConfigInvalid, IntegrityError
 from drctl.hypervisor.esx.cycle import CycleState, Mark
 from drctl.model.site import Login

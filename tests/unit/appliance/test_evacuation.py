@@ -7,9 +7,9 @@ import dataclasses
 import msgspec
 import pytest
 
-from drctl.appliance.evacuation import Evacuations, in_the_way
-from drctl.appliance.evacuation_record import EvacuationFile, EvacuationPhase
-from drctl.appliance.group_state import Desired, DiskState, GroupState
+from drctl.appliance.source.evacuation import Evacuations, in_the_way
+from drctl.appliance.source.evacuation_record import EvacuationFile, EvacuationPhase
+from drctl.appliance.source.group_state import Desired, DiskState, GroupState
 from drctl.errors import HypervisorRefused, NotFound, PreconditionFailed, Refused, WrongPhase
 from drctl.model.group import GroupSpec
 from drctl.model.machine import MachineState

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from drctl.appliance import failback_service
-from drctl.appliance.failback_ports import Deps
-from drctl.appliance.failback_record import KEEP_SECONDS, TAG, FailbackPhase
-from drctl.appliance.failback_reign import FailbackReign
-from drctl.appliance.failback_service import FailbackService
-from drctl.appliance.failback_turn import spec_back, turned
-from drctl.appliance.group_state import Desired, GroupState
-from drctl.appliance.handover_record import Handover, HandoverFiles, HandoverPhase
+from drctl.appliance.failback import service as failback_service
+from drctl.appliance.failback.ports import Deps
+from drctl.appliance.failback.record import KEEP_SECONDS, TAG, FailbackPhase
+from drctl.appliance.failback.reign import FailbackReign
+from drctl.appliance.failback.service import FailbackService
+from drctl.appliance.failback.turn import spec_back, turned
+from drctl.appliance.source.group_state import Desired, GroupState
+from drctl.appliance.source.handover_record import Handover, HandoverFiles, HandoverPhase
 from drctl.errors import NotFound, PreconditionFailed, Refused, WrongPhase
 from drctl.hypervisor.libvirt_files import LibvirtFiles
 from drctl.model.group import GroupDisk, GroupSpec, Retention, turned_around

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from drctl.appliance.definition import DefinitionFile
-from drctl.appliance.description import describe
-from drctl.appliance.fit_service import FitService
-from drctl.appliance.group_state import GroupState
-from drctl.appliance.guest_reader import GuestReader
-from drctl.appliance.recovery_memory import MemoryWorld
-from drctl.appliance.recovery_ports import Rewritten
+from drctl.appliance.recovery.fit import FitService
+from drctl.appliance.recovery.memory import MemoryWorld
+from drctl.appliance.recovery.ports import Rewritten
+from drctl.appliance.source.definition import DefinitionFile
+from drctl.appliance.source.description import describe
+from drctl.appliance.source.group_state import GroupState
+from drctl.appliance.source.guest_reader import GuestReader
 from drctl.errors import HypervisorRefused
 from drctl.hypervisor.libvirt_files import LibvirtFiles
 from drctl.model.extent import MiB

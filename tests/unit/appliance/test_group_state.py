@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance.group_state import Desired, GroupFiles, GroupState, spec_from
+from drctl.appliance.source.group_state import Desired, GroupFiles, GroupState, spec_from
 from drctl.errors import AlreadyExists, IntegrityError, NotFound
 from drctl.model.group import GroupSpec
 from drctl.model.machine import Disk, Machine, MachineState

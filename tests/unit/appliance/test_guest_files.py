@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from drctl.appliance.guest_files import (
+from drctl.appliance.recovery.beside import clear, lay, without_seeds
+from drctl.appliance.recovery.images import QemuImages
+from drctl.appliance.recovery.ports import Beside
+from drctl.appliance.recovery.seed_image import iso_image
+from drctl.appliance.source.guest_files import (
     FORMAT,
     GROUP_BUDGET,
     LeftOut,
@@ -17,11 +21,7 @@ from drctl.appliance.guest_files import (
     fit_budget,
     pack,
 )
-from drctl.appliance.guest_reader import GuestReader
-from drctl.appliance.recovery_beside import clear, lay, without_seeds
-from drctl.appliance.recovery_images import QemuImages
-from drctl.appliance.recovery_ports import Beside
-from drctl.appliance.seed_image import iso_image
+from drctl.appliance.source.guest_reader import GuestReader
 from drctl.errors import HypervisorRefused, IntegrityError, NotFound, UnsupportedFormat
 from drctl.hypervisor.libvirt_files import LibvirtFiles
 
@@ -171,7 +171,7 @@ def test_what_is_not_there_is_no_fault(host, tmp_path):
 
 def test_half_of_a_tpm_is_none(host, tmp_path, monkeypatch):
     fill(tmp_path)
-    monkeypatch.setattr("drctl.appliance.guest_reader.TPM_LIMIT", 100)
+    monkeypatch.setattr("drctl.appliance.source.guest_reader.TPM_LIMIT", 100)
     files = GuestReader(host).machines({"web": definition(tmp_path)})["web"]
     assert files.tpm is None
     assert "tpm" in [one.what for one in files.left_out]
@@ -179,7 +179,7 @@ def test_half_of_a_tpm_is_none(host, tmp_path, monkeypatch):
 
 def test_large_media_are_named(host, tmp_path, monkeypatch):
     fill(tmp_path)
-    monkeypatch.setattr("drctl.appliance.guest_reader.MEDIA_LIMIT", 4096)
+    monkeypatch.setattr("drctl.appliance.source.guest_reader.MEDIA_LIMIT", 4096)
     files = GuestReader(host).machines({"web": definition(tmp_path)})["web"]
     assert files.media == {}
     assert "5.9 KiB are too much" in files.left_out[0].reason

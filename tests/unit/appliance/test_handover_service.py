@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from drctl.appliance import handover_service
-from drctl.appliance.handover_record import HandoverPhase
-from drctl.appliance.handover_service import HandoverService
+from drctl.appliance.source import handover_service
+from drctl.appliance.source.handover_record import HandoverPhase
+from drctl.appliance.source.handover_service import HandoverService
 from drctl.errors import Locked, NotFound, Refused, StepFailed
 from drctl.model.machine import MachineState
 from drctl.model.phase import Phase

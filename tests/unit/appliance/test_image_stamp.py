@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance.group_state import DiskState, GroupState
-from drctl.appliance.image_stamp import image_stamp, stamps_of_images, untold, why_not_in_order
+from drctl.appliance.source.group_state import DiskState, GroupState
+from drctl.appliance.source.image_stamp import image_stamp, stamps_of_images, untold, why_not_in_order
 from drctl.model.group import GroupSpec
 from drctl.model.machine import Disk, Machine, MachineState
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from drctl.appliance.config import ApplianceToml, Home, Peer
-from drctl.appliance.link_service import LinkService
+from drctl.appliance.source.link_service import LinkService
 from drctl.errors import NotFound, Refused
 from drctl.model.bandwidth import RateLimit
 from drctl.model.group import GroupSpec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from drctl.appliance.recovery import Recovery
-from drctl.appliance.recovery_memory import Killed, MemoryWorld
-from drctl.appliance.recovery_state import MachinePhase, RecoveryFiles, RecoveryPhase
+from drctl.appliance.recovery.memory import Killed, MemoryWorld
+from drctl.appliance.recovery.recoveries import Recovery
+from drctl.appliance.recovery.state import MachinePhase, RecoveryFiles, RecoveryPhase
 from drctl.errors import Locked, NotFound, OutOfSpace, Refused, StepFailed, WrongPhase
 from drctl.model.checkpoint import Checkpoint, CheckpointKind
 from drctl.model.extent import GiB, MiB

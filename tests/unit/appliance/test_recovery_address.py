@@ -9,10 +9,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from drctl.appliance.recovery import Recovery
-from drctl.appliance.recovery_memory import Killed, MemoryWorld
-from drctl.appliance.recovery_state import RecoveryFiles
-from drctl.appliance.seed_image import iso_image, network_config, seed_image, user_data
+from drctl.appliance.recovery.memory import Killed, MemoryWorld
+from drctl.appliance.recovery.recoveries import Recovery
+from drctl.appliance.recovery.seed_image import iso_image, network_config, seed_image, user_data
+from drctl.appliance.recovery.state import RecoveryFiles
 from drctl.errors import Refused
 from drctl.hypervisor.seed_drive import insert_seed
 from drctl.model.address import CardAddress

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from drctl.appliance.recovery import Recovery
-from drctl.appliance.recovery_guard import EAGER_RESUMES, LONGEST_DELAY
-from drctl.appliance.recovery_memory import MemoryWorld
-from drctl.appliance.recovery_state import RecoveryFiles, RecoveryPhase
+from drctl.appliance.recovery.guard import EAGER_RESUMES, LONGEST_DELAY
+from drctl.appliance.recovery.memory import MemoryWorld
+from drctl.appliance.recovery.recoveries import Recovery
+from drctl.appliance.recovery.state import RecoveryFiles, RecoveryPhase
 from drctl.model.extent import GiB, MiB
 from drctl.model.machine import MachineState
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from drctl.appliance.recovery_guest import CONSOLE_LIMIT, RecoveredGuests
-from drctl.appliance.recovery_state import (
+from drctl.appliance.recovery.guest import CONSOLE_LIMIT, RecoveredGuests
+from drctl.appliance.recovery.state import (
     MachinePhase,
     RecoveredMachine,
     RecoveryFiles,

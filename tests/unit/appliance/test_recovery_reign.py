@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from drctl.appliance.recovery_ports import Heard
-from drctl.appliance.recovery_state import RecoveryPhase
+from drctl.appliance.recovery.ports import Heard
+from drctl.appliance.recovery.state import RecoveryPhase
 from drctl.errors import Locked, Refused, SourceAlive, StepFailed, WrongPhase
 from drctl.model.checkpoint import Checkpoint, CheckpointKind
 from drctl.model.machine import MachineState

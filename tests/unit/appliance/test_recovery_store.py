@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from drctl.appliance.recovery_store import GroupStores
+from drctl.appliance.recovery.store import GroupStores
 from drctl.errors import NotFound, Refused
 from drctl.model.group import GroupDisk
 from drctl.store.group_info import StoreMode

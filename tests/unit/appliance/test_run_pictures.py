@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance.recovery_state import MachinePhase, RecoveredMachine, RecoveryFiles, RecoveryKind, RecoveryRecord
-from drctl.appliance.run_pictures import TEXT, RunPictures
+from drctl.appliance.recovery.run_pictures import TEXT, RunPictures
+from drctl.appliance.recovery.state import MachinePhase, RecoveredMachine, RecoveryFiles, RecoveryKind, RecoveryRecord
 from drctl.errors import HypervisorRefused, NotFound, WrongPhase
 
 BLACK = b"P6\n4 4\n255\n" + bytes(48)

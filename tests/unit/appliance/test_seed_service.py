@@ -8,8 +8,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from drctl.appliance import seed_files
-from drctl.appliance.seed_service import SeedService, pristine
+from drctl.appliance.replica import seed_files
+from drctl.appliance.replica.seed_service import SeedService, pristine
 from drctl.errors import NotFound, OutOfSpace, PreconditionFailed, Refused, WrongPhase
 from drctl.model.group import Retention
 from drctl.store import atomic

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from drctl.appliance.handover_record import FinalMark, HandoverFiles, HandoverPhase
-from drctl.appliance.source_handover import Handing, begin, why_not
+from drctl.appliance.source.handover import Handing, begin, why_not
+from drctl.appliance.source.handover_record import FinalMark, HandoverFiles, HandoverPhase
 from drctl.errors import HypervisorRefused, NotFound, PreconditionFailed, StepFailed, WrongPhase
 from drctl.model.machine import MachineState
 from drctl.model.move import OnTimeout

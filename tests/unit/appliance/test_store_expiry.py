@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance import store_expiry
-from drctl.appliance.store_expiry import StoreExpiry
+from drctl.appliance.replica import expiry as store_expiry
+from drctl.appliance.replica.expiry import StoreExpiry
 from drctl.model.group import GroupDisk
 from drctl.store.group_store import GroupStore
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from drctl.appliance.group_state import GroupState
-from drctl.appliance.tapping import Place, Tapping
+from drctl.appliance.source.group_state import GroupState
+from drctl.appliance.source.tapping import Place, Tapping
 from drctl.errors import StepFailed
 from drctl.hypervisor.memory import MemoryHypervisor
 from drctl.hypervisor.memory_qemu import MemoryTap

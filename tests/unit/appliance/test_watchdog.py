@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from drctl.appliance import watchdog
+from drctl.appliance.source import watchdog
 from drctl.wire.ring import HEADER_SIZE, MAGIC, Word
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drctl.appliance.store_expiry import StoreExpiry
+from drctl.appliance.replica.expiry import StoreExpiry
 from drctl.errors import OutOfSpace, RetentionLocked
 from drctl.model.group import Retention, Rung
 from drctl.store.journal import SealPolicy

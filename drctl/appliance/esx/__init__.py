@@ -1,0 +1,1 @@
+"""The source role for an ESX host, reached over SSH."""

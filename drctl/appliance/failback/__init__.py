@@ -1,0 +1,1 @@
+"""The way back of a group to the site that it came from."""
