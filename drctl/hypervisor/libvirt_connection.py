@@ -113,12 +113,14 @@ class Connection:
         return connection
 
     @contextmanager
-    def translated(self, machine: str = "") -> Iterator[None]:
-        """Turn libvirt's errors into drctl's."""
+    def translated(self, machine: str = "", *, network: str = "") -> Iterator[None]:
+        """Turn libvirt's errors into drctl's, about a machine or a network."""
         try:
             yield
         except libvirt.libvirtError as exc:
-            raise self._translate(exc, machine) from exc
+            if network and exc.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
+                raise NotFound("network", network) from exc
+            raise self._translate(exc, machine or network) from exc
 
     def watch(self, callback: Callback) -> None:
         """Call back for each event. From libvirt's thread: the callback must hand over, and call nothing of libvirt."""
@@ -133,8 +135,8 @@ class Connection:
     def _translate(self, exc: libvirt.libvirtError, machine: str) -> HostUnreachable | NotFound | HypervisorRefused:
         code = exc.get_error_code()
         message = exc.get_error_message() or str(exc)
-        if code in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_NETWORK):
-            return NotFound("machine" if code == libvirt.VIR_ERR_NO_DOMAIN else "network", machine)
+        if code == libvirt.VIR_ERR_NO_DOMAIN:
+            return NotFound("machine", machine)
         transport = code == libvirt.VIR_ERR_SYSTEM_ERROR and exc.get_error_domain() in _TRANSPORT
         if code in _UNREACHABLE or transport or not self._alive():
             return self._unreachable(message)

@@ -48,11 +48,11 @@ class LibvirtNetworks:
                 self._update(place, network, _DELETE, mac, ip, scope)
 
     def _network(self, name: str) -> libvirt.virNetwork:
-        with self._connection.translated(name):
+        with self._connection.translated(network=name):
             return self._connection.get().networkLookupByName(name)
 
     def _scopes(self, place: libvirt.virNetwork, name: str) -> list[int]:
-        with self._connection.translated(name):
+        with self._connection.translated(network=name):
             return [_LIVE] * bool(place.isActive()) + [_CONFIG] * bool(place.isPersistent())
 
     def _scope(self, place: libvirt.virNetwork, name: str, *, lasting: bool) -> int:
@@ -63,12 +63,12 @@ class LibvirtNetworks:
 
     def _look(self, place: libvirt.virNetwork, name: str, scope: int = _LIVE) -> list[tuple[str, str]]:
         """(MAC address, IP address) of each reservation."""
-        with self._connection.translated(name):
+        with self._connection.translated(network=name):
             root = ET.fromstring(place.XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE if scope == _CONFIG else 0))
         hosts = root.iterfind("ip/dhcp/host")
         return [(one.get("mac", "").lower(), one.get("ip", "")) for one in hosts]
 
     def _update(self, place: libvirt.virNetwork, name: str, command: int, mac: str, ip: str, scope: int) -> None:
-        with self._connection.translated(name):
+        with self._connection.translated(network=name):
             text = ET.tostring(ET.Element("host", {"mac": mac, "ip": ip}), encoding="unicode")
             place.update(command, _HOST, _ANY_PART, text, scope)

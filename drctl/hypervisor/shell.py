@@ -141,9 +141,17 @@ def _session(transport: paramiko.Transport) -> paramiko.Channel:
     for pause in SESSION_PAUSES:
         try:
             return transport.open_session(timeout=HANDSHAKE_SECONDS)
-        except paramiko.ChannelException:
+        except paramiko.SSHException as exc:
+            if not _is_refusal(exc):
+                raise
             time.sleep(pause)
     return transport.open_session(timeout=HANDSHAKE_SECONDS)
+
+
+def _is_refusal(exc: paramiko.SSHException) -> bool:
+    """Whether the host would have no more channels. Of two refusals at once paramiko 5 tells one thread so, and the
+    other, whose exception the first has taken (Transport.get_exception), only that there is none."""
+    return isinstance(exc, paramiko.ChannelException) or str(exc) == "Unable to open channel."
 
 
 def _finish(channel: paramiko.Channel, stdin: bytes) -> Done:

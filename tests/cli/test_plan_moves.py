@@ -269,9 +269,9 @@ def test_a_killed_run_goes_on_from_every_line_of_its_record(plans, arguments) ->
     (row,) = runs_of(plans)
     path = plans.directory / "runs" / f"{row['run']}.jsonl"
     whole, moved = path.read_text(), plans.beta.failovers
-    count = whole.count("\n")
+    count = whole[: whole.index('"event":"over"')].count("\n")  # what follows it only shows how machines look
     assert count > 10
-    for lines in range(1, count):
+    for lines in range(1, count + 1):
         path.write_text("".join(whole.splitlines(keepends=True)[:lines]))
         begun = "group:web/recover" in path.read_text().partition("\n")[2]
         plans.beta.failovers = moved if begun else []

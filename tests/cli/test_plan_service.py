@@ -256,7 +256,8 @@ def test_a_killed_failover_goes_on_where_it_was(moves) -> None:
     result = failover(moves, "-o", "json")
     path = moves.directory / "runs" / f"{result.json['run']}.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    for count in range(2, len(lines)):
+    (over,) = (at for at, line in enumerate(lines) if '"event":"over"' in line)
+    for count in range(2, over + 1):
         path.write_text("".join(lines[:count]))
         again = moves("run", "resume", result.json["run"], "--yes", "-o", "json")
         assert (again.code, again.json["verdict"]) == (0, "passed"), (count, again.err)
