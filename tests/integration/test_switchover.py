@@ -83,6 +83,7 @@ def sites(make_lab):
     faults.close()
 
 
+@pytest.mark.long
 def test_a_guest_that_stays_on_calls_the_switchover_off(sites):
     pid = sites.faults.qemu_pid("web-1")
     begun = time.time_ns()
