@@ -52,7 +52,6 @@ FAILOVER = {"group": "erp", "source_is_down": "drill", "confirmed": "erp"}
 
 
 @as_root
-@pytest.mark.long
 @pytest.mark.timeout(580)
 def test_this_file_as_an_unprivileged_user():
     nobody = pwd.getpwnam("nobody")
