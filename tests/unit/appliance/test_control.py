@@ -117,10 +117,10 @@ def _readable(peer: socket.socket, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-def test_a_crowd_is_told_and_the_next_one_is_served(
-    server: ControlServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "_places", threading.BoundedSemaphore(20))
+def test_a_crowd_is_told_and_the_next_one_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "MAX_CALLERS", 20)
+    server = ControlServer(tmp_path / "c", {"echo": lambda params, _: params})
+    server.start()
     crowd = [Caller(tmp_path / "c") for _ in range(40)]
     told = [caller for caller in crowd if _readable(caller.socket, 0.3 if caller is crowd[20] else 0.02)]
     assert len(told) == 20
@@ -131,6 +131,7 @@ def test_a_crowd_is_told_and_the_next_one_is_served(
     while not (heard := Caller(tmp_path / "c").say(b'{"method": "echo", "params": {"a": 1}}\n')) or b"refused" in heard:
         assert time.monotonic() < deadline
     assert json.loads(heard)["result"] == {"a": 1}
+    server.stop()
 
 
 def test_a_listener_without_descriptors_goes_on_when_there_are_some(
