@@ -17,7 +17,7 @@ import pytest
 
 from drctl.appliance.client import Client
 from drctl.appliance.config import load
-from drctl.appliance.source.service import demand_room
+from drctl.appliance.source.demands import demand_room
 from drctl.errors import ApplianceUnreachable, OutOfSpace
 from drctl.replication import identity
 from tests.cli.conftest import CONFIG, WEB

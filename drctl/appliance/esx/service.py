@@ -1,4 +1,4 @@
-"""Control methods of the groups that are protected on an ESX host, as `source_service` has those of a libvirt host."""
+"""Control methods of the groups that are protected on an ESX host, as source/service.py has those of a libvirt host."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from drctl.appliance.esx.definition import described
 from drctl.appliance.esx.guests import TOLD_SECONDS, EsxGuests
 from drctl.appliance.esx.protection import EsxProtection
 from drctl.appliance.process import Processes
+from drctl.appliance.source.demands import demand_free, demand_room, demand_unprotected
 from drctl.appliance.source.group_state import Desired, GroupFiles, GroupState, spec_from
-from drctl.appliance.source.service import demand_room
-from drctl.errors import AlreadyExists, NotFound, Refused, StepFailed, WrongPhase
+from drctl.errors import NotFound, Refused, StepFailed, WrongPhase
 from drctl.model.group import GroupSpec
 from drctl.model.phase import Event, Phase, advance
 
@@ -121,15 +121,8 @@ class EsxService:
         if known is not None and known.state.spec == spec:
             return False
         if known is not None and set(known.state.spec.machines) != set(spec.machines):
-            _demand_unprotected(known, "its machines can't be changed")
-        for other in self.protections():
-            taken = sorted(set(spec.machines) & set(other.state.spec.machines))
-            if taken and other.state.spec.name != spec.name:
-                raise AlreadyExists(
-                    f"{', '.join(taken)} of {spec.name} is in group {other.state.spec.name} already",
-                    hint=f"a machine belongs to one group: drctl group show {other.state.spec.name}",
-                    group=spec.name,
-                )
+            demand_unprotected(known.state, "its machines can't be changed")
+        demand_free(spec, [other.state for other in self.protections()])
         self._home.peer(spec.recovery)
         self._files.put(spec)
         self._open(spec.name).changed_spec()
@@ -150,7 +143,7 @@ class EsxService:
     def group_remove(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
         protection = self.protection(params)
-        _demand_unprotected(protection, "it can't be deleted")
+        demand_unprotected(protection.state, "it can't be deleted")
         if not protection.left:
             raise WrongPhase(f"{params['group']}: snapshots of it are still being removed: {protection.state.reason}")
         protection.close()
@@ -269,16 +262,6 @@ class EsxService:
         del progress
         self.protection(params).shipper.take(params)
         return {}
-
-
-def _demand_unprotected(protection: EsxProtection, what: str) -> None:
-    state = protection.state
-    if state.desired is not Desired.STOPPED or state.epoch:
-        raise WrongPhase(
-            f"{state.spec.name} is {state.phase}; {what}",
-            hint=f"drctl replicate stop {state.spec.name}",
-            group=state.spec.name,
-        )
 
 
 def status(protection: EsxProtection) -> dict[str, Any]:

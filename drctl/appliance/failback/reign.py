@@ -13,9 +13,9 @@ from drctl.appliance.config import Home
 from drctl.appliance.failback.ports import Deps
 from drctl.appliance.failback.turn import spec_back, turned
 from drctl.appliance.recovery.store import GroupStores, recoverable_from
+from drctl.appliance.source.demands import demand_room
 from drctl.appliance.source.group_state import GroupState
 from drctl.appliance.source.handover_record import HandoverFiles
-from drctl.appliance.source.service import demand_room
 from drctl.appliance.source.tappable import check_machines
 from drctl.errors import DrctlError, NotFound, PreconditionFailed, Refused
 from drctl.model.group import GroupDisk, GroupSpec

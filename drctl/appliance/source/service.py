@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from drctl.appliance.config import Home
 from drctl.appliance.control import Progress
 from drctl.appliance.process import Processes
 from drctl.appliance.source.change_tracking import ChangeTracking
+from drctl.appliance.source.demands import demand_free, demand_room, demand_unprotected
 from drctl.appliance.source.description import describe
 from drctl.appliance.source.evacuation_record import EvacuationFile
 from drctl.appliance.source.group_state import Desired, GroupFiles, GroupState
@@ -24,8 +23,7 @@ from drctl.appliance.source.protection import Protection
 from drctl.appliance.source.quiesce import Quiescer
 from drctl.appliance.source.reign_guard import ReignGuard
 from drctl.appliance.source.status import source_status
-from drctl.errors import AlreadyExists, NotFound, OutOfSpace, Refused, StepFailed, WrongPhase
-from drctl.model.extent import format_bytes
+from drctl.errors import NotFound, Refused, StepFailed, WrongPhase
 from drctl.model.group import GroupSpec
 from drctl.model.phase import Phase
 from drctl.replication.reign import Answer
@@ -134,6 +132,9 @@ class SourceService:
         """Raises NotFound."""
         return self._protection({"group": name}).state
 
+    def _states(self) -> list[GroupState]:
+        return [protection.state for protection in self._protections.values()]
+
     def generation(self, name: str) -> int:
         return self.state(name).generation
 
@@ -145,7 +146,7 @@ class SourceService:
             known.change(change)
             return
         state = change(None)
-        self._demand_free(state.spec)
+        demand_free(state.spec, self._states())
         self._files.save(state)
         self._reign.marks.set(name)
         self._open(name)
@@ -156,29 +157,18 @@ class SourceService:
         if known is not None and known.state.spec == spec:
             return False
         if known is not None and set(known.state.spec.machines) != set(spec.machines):
-            _demand_unprotected(known, "its machines can't be changed")
-        self._demand_free(spec)
+            demand_unprotected(known.state, "its machines can't be changed")
+        demand_free(spec, self._states())
         self._home.peer(spec.recovery)
         self._files.put(spec)
         self._reign.marks.set(spec.name)
         self._open(spec.name).changed_spec()
         return True
 
-    def _demand_free(self, spec: GroupSpec) -> None:
-        """Raises AlreadyExists when a machine is in another group: its disks would be tapped twice."""
-        for name, other in self._protections.items():
-            taken = sorted(set(spec.machines) & set(other.state.spec.machines)) if name != spec.name else []
-            if taken:
-                raise AlreadyExists(
-                    f"{', '.join(taken)} of {spec.name} is in group {name} already",
-                    hint=f"a machine belongs to one group: drctl group show {name}",
-                    group=spec.name,
-                )
-
     def remove(self, name: str) -> None:
         """Forget a group that is not protected. Raises WrongPhase while it is."""
         protection = self._protection({"group": name})
-        _demand_unprotected(protection, "it can't be deleted")
+        demand_unprotected(protection.state, "it can't be deleted")
         if protection.state.phase is not Phase.FAILED_OVER:
             protection.give_back_autostart()
         protection.close()
@@ -312,16 +302,6 @@ def _settled(protection: Protection) -> bool:
     return report is None or report.wants != "nothing"
 
 
-def _demand_unprotected(protection: Protection, what: str) -> None:
-    state = protection.state
-    if state.desired is not Desired.STOPPED or state.epoch:
-        raise WrongPhase(
-            f"{state.spec.name} is {state.phase}; {what}",
-            hint=f"drctl replicate stop {state.spec.name}",
-            group=state.spec.name,
-        )
-
-
 def _demand_live(protection: Protection) -> None:
     """Raises WrongPhase that says how the group becomes live."""
     name, phase = protection.state.spec.name, protection.state.phase
@@ -334,15 +314,3 @@ def _demand_live(protection: Protection) -> None:
         group=name,
         phase=phase.value,
     )
-
-
-def demand_room(run: Path, ring_size: int) -> None:
-    """Raises OutOfSpace when the ring can't be had: better now than as a group that never attaches."""
-    free = shutil.disk_usage(run).free
-    if ring_size > free:
-        raise OutOfSpace(
-            f"a ring of {format_bytes(ring_size)} does not fit: {run} has {format_bytes(free)} free",
-            hint="lower ring_size in the group's file and apply, or give the file system more memory",
-            needed=ring_size,
-            free=free,
-        )
