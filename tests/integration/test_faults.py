@@ -114,6 +114,19 @@ def test_a_hung_shipper_is_replaced(faults):
 
 
 @long
+def test_a_shipper_that_stops_while_it_reads_holds_up_no_guest(faults):
+    """QEMU's drains wait for what a reader asked for and does not take; the mirror that comes back drains."""
+    for turn in range(4):
+        with faults.trial(f"SIGSTOP shipper in a pass, SIGKILL tap ({turn})"):
+            faults.call("alpha", "resync")
+            faults.await_(lambda: faults.status()["sync"]["job"] == "running", "the pass has begun", 30)
+            time.sleep(turn * 0.03)
+            old = faults.kill("shipper", signal.SIGSTOP)
+            faults.kill("tap")
+            again(faults, "shipper", old)
+
+
+@long
 @pytest.mark.parametrize("what", ["receiver", "watchdog"])
 def test_a_stopped_process_is_replaced(faults, what):
     with faults.trial(f"SIGSTOP {what}"):

@@ -32,8 +32,6 @@ FRESH_SECONDS = 1.0
 #: as before, and on a busy machine the next try may do.
 HANDOVER_SECONDS = 5.0
 HANDOVER_LONGEST = 300.0
-#: A shipper beats each 100 ms; one that is silent for so long is stopped or stuck.
-HUNG_SHIPPER_SECONDS = 5.0
 _PAGE = 4096
 _TAP = "drctl.replication.tap"
 
@@ -230,13 +228,8 @@ class Worker:
     def ensure_shipper(self, config: Path) -> bool:
         """Start the shipper if it is not running; True when it had to be started.
 
-        It yields to the tap and the guests: behind by some milliseconds is what the ring is for. One that has stopped
-        beating is killed: it loses nothing, the ring holds all that was not acknowledged."""
-        words = self.ring.words
-        age = time.monotonic_ns() - words[Word.SHIPPER_HEARTBEAT]
-        if age > HUNG_SHIPPER_SECONDS * 1e9 and words[Word.SHIPPER_PID] == self.shipper_pid() != 0:
-            log.warning("%s: the shipper has not beaten for %.0f s; killed", self._group, age / 1e9)
-            self._processes.end(self.shipper_name, force=True)
+        It yields to the tap and the guests: behind by some milliseconds is what the ring is for. The watchdog kills one
+        that has stopped beating."""
         _, started = self._processes.ensure(self.shipper_name, "drctl.replication.shipper", [str(config)], nice=5)
         return started
 
