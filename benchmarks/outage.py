@@ -8,7 +8,8 @@ phases want: 20 minutes at 80 % of the link, an outage of 5 minutes at the same 
 80 % until the group is live again and for as long as the first phase's quarter. The link is a TCP connection under tc's
 tbf in a namespace, with a latency (benchmarks/slow_link.py). `--minute 6` makes it six minutes.
 
-Afterwards replication is stopped and the same loads run without it, for the control: 2/3 of it at 80 %, 1/3 at 150 %.
+Before replication begins and after it was stopped the same loads run without it, for the control: half of it each time,
+2/3 of that at 80 %, 1/3 at 150 %. The machine's own load, and what others take of it, is noted in each phase.
 A stall is the time between two acknowledgements of one chain of a witness, which writes at a fixed rate: its interval
 is part of it in both runs. Chain 0 is left out, it waits for the other guest.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import threading
 import time
@@ -226,6 +228,7 @@ class Script:
         self.link = options.link * 1e6 / 8
         self.witness = options.guest_rate * CHAINS * len(loads) * RECORD
         self.times: dict[str, tuple[float, float]] = {}
+        self.load_average: dict[str, float] = {}
 
     def load(self, share: float) -> None:
         rate = max(0.0, share * self.link - self.witness) / PIECE / len(self.loads)
@@ -233,18 +236,24 @@ class Script:
             each.rate = rate
 
     def phase(self, name: str, minutes: float) -> None:
-        begin = time.time()
+        begin, averages = time.time(), []
+        end = begin + minutes * self.options.minute
         print(f"{name}: {minutes:g} minutes", flush=True)
-        time.sleep(minutes * self.options.minute)
+        while (left := end - time.time()) > 0:
+            time.sleep(min(left, 5))
+            averages.append(os.getloadavg()[0])
         self.times[name] = begin, time.time()
-        if not self.watch.ended:
-            said = self.watch.last()
-            print(
-                f"  phase {self.state()}, backlog {backlog(said) / 1e6:.1f} MB (ring {said['ring']['used'] / 1e6:.1f}, "
-                f"spill {json.dumps(said.get('spill'))}, dirty {said['ring']['dirty_bytes'] / 1e6:.1f}), "
-                f"RPO {self.watch.rpo():.1f} s",
-                flush=True,
-            )
+        self.load_average[name] = round(sum(averages) / len(averages), 1)
+        said = "" if name.startswith("control") else self.said(begin)
+        print(f"  load {self.load_average[name]}{said}", flush=True)
+
+    def said(self, begin: float) -> str:
+        said = self.watch.last()
+        return (
+            f", phase {self.state()}, backlog {backlog(said) / 1e6:.1f} MB (ring {said['ring']['used'] / 1e6:.1f}, "
+            f"spill {json.dumps(said.get('spill'))}, dirty {said['ring']['dirty_bytes'] / 1e6:.1f}), "
+            f"RPO {self.watch.rpo():.1f} s, over the interval {over(self.watch, begin, time.time())}"
+        )
 
     def state(self) -> str:
         with suppress(DrctlError):
@@ -284,6 +293,7 @@ class Script:
             time.sleep(0.2)
         took = time.time() - begin
         self.times["recovery"] = begin, time.time()
+        print(f"live again after {took:.1f} s, {took / max(seconds, 0.1):.2f} times", flush=True)
         return {
             "backlog_bytes": raw,
             "ring_bytes": waiting["ring"]["used"],
@@ -298,15 +308,20 @@ class Script:
             "ratio": round(took / seconds, 2) if seconds else None,
         }
 
-    def control(self) -> None:
-        """The same without replication."""
+    def control(self, when: str) -> list[float]:
+        """The gaps of the same loads without replication."""
+        self.load(0.8)
+        self.phase(f"control {when} at 80 %", self.options.control / 3)
+        self.load(1.5)
+        self.phase(f"control {when} at 150 %", self.options.control / 6)
+        self.load(0)
+        begin, end = self.times[f"control {when} at 80 %"][0], self.times[f"control {when} at 150 %"][1]
+        return gaps(self.made, begin, end)
+
+    def stop(self) -> None:
         self.watch.ended = True
         self.made.call("alpha", "replicate.stop", group=GROUP)
         time.sleep(5)
-        self.load(0.8)
-        self.phase("control at 80 %", self.options.control * 2 / 3)
-        self.load(1.5)
-        self.phase("control at 150 %", self.options.control / 3)
 
 
 def memory(watch: Watch, begin: float, end: float) -> dict[str, dict[str, float]]:
@@ -356,26 +371,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return SlowLink(port, options.latency_ms / 1e3, options.link)
 
     with world(guests=2, rate=options.guest_rate, link=link) as made:
-        # The first sync may have all of the processor's rate: it is no part of the script.
-        made.relay.say("rate 1000")
-        protect(made, options.ring_mib)
-        made.relay.say(f"rate {options.link}")
         state = layout.load(made.directory)
         assert state is not None
         noise, uri = make_noise(made.directory), made.layout.site("alpha").uri
         loads = [Load(uri, guest.name, noise, seed) for seed, guest in enumerate(state.guests)]
         watch = Watch(made)
-        watch.start()
         for each in loads:
             each.start()
         script = Script(made, loads, watch, options)
+        control = script.control("before")
+        # The first sync may have all of the processor's rate: it is no part of the script.
+        made.relay.say("rate 1000")
+        protect(made, options.ring_mib)
+        made.relay.say(f"rate {options.link}")
+        watch.start()
         recovery = script.run()
         times = script.times
-        script.control()
+        script.stop()
+        control += script.control("after")
         for each in loads:
             each.ended = True
         replicated = gaps(made, times["room"][0], times["after"][1])
-        control = gaps(made, times["control at 80 %"][0], times["control at 150 %"][1])
         by_phase = {name: stalls(gaps(made, *span)) for name, span in times.items()}
         errors = sum(each.errors for each in loads)
     ours, theirs = stalls(replicated), stalls(control)
@@ -395,6 +411,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             name: round(ours[name] - theirs[name], 1) for name in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")
         },
         "stalls_by_phase": by_phase,
+        "load_average": script.load_average,
         "memory_mib": memory(watch, times["room"][0], times["after"][1]),
         "load_errors": errors,
     }
@@ -423,7 +440,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minute", type=float, default=60, help="seconds that a minute of the script takes")
     parser.add_argument("--script", default="20,5,10", help="minutes with room, of outage, of too little room")
-    parser.add_argument("--control", type=float, default=30, help="minutes without replication")
+    parser.add_argument(
+        "--control", type=float, default=30, help="minutes without replication, half before and half after"
+    )
     parser.add_argument("--link", type=float, default=100, help="Mbit/s")
     parser.add_argument("--latency-ms", type=float, default=10, help="one way")
     parser.add_argument("--guest-rate", type=int, default=25, help="records/s of each chain")

@@ -87,7 +87,8 @@ def parse(text: str) -> Vmx:
         raise UnsupportedFormat(f"a .vmx of {len(text)} characters is too large to be one")
     values: dict[str, str] = {}
     seen: set[str] = set()
-    for number, line in enumerate(text.splitlines(), 1):
+    # At line feeds alone: Python's splitlines takes characters of names for line ends, too.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.fullmatch(line)

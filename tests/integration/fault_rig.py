@@ -65,6 +65,8 @@ class Relay:
         self._lock = threading.Lock()
         #: `open`, `cut` (connections are reset, new ones too) or `silent` (nothing passes, nothing ends).
         self.mode = "open"
+        #: Bytes a second in both directions together; 0: as fast as it goes.
+        self.rate = 0
         self._ended = False
         threading.Thread(target=self._run, name="relay", daemon=True).start()
 
@@ -113,9 +115,11 @@ class Relay:
             if each is self._listener:
                 self._accept()
             elif each in self._pairs:
-                data = each.recv(1 << 18)
+                data = each.recv(1 << 14 if self.rate else 1 << 18)
                 if not data:
                     raise ConnectionResetError
+                if self.rate:
+                    time.sleep(len(data) / self.rate)
                 self._pairs[each].sendall(data)
         except OSError:
             other = self._pairs.pop(each, None)

@@ -3,6 +3,7 @@ is live again by itself; the witness is the judge."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
@@ -75,4 +76,40 @@ def test_a_link_that_comes_and_goes(faults):
             faults.relay.restore()
             time.sleep(3)
     all_there(faults, before, since)
+    at_rest(faults)
+
+
+def test_a_slow_link_is_caught_up_with(faults):
+    """64 KiB a second for half a minute, while the guests write more."""
+    with faults.trial("slow link", live=240):
+        before, since = newest(faults), time.time()
+        faults.relay.rate = MIB // 16
+        run_over(faults)
+        time.sleep(max(0.0, since + 30 - time.time()))
+        faults.relay.rate = 0
+    all_there(faults, before, since)
+    at_rest(faults)
+
+
+@pytest.mark.parametrize("victims", [["receiver"], ["shipper"], ["supervisor"], ["shipper", "receiver", "supervisor"]])
+def test_processes_that_die_in_an_outage(faults, victims):
+    """While it spills, and again while it drains."""
+    with faults.trial(f"link down, {' and '.join(victims)} killed", live=240):
+        before, since = newest(faults), time.time()
+        faults.relay.cut()
+        run_over(faults)
+        for what in victims:
+            faults.kill(what, signal.SIGKILL)
+        faults.up()
+        time.sleep(5)
+        faults.relay.rate = 4 * MIB
+        faults.relay.restore()
+        faults.await_(lambda: spill(faults).get("used", 1) > 0, "it drains", 60)
+        time.sleep(0.5)
+        for what in victims:
+            faults.kill(what, signal.SIGKILL)
+        faults.up()
+        faults.relay.rate = 0
+    faults.judge_listed(since=since, most=20)
+    assert newest(faults) > before + 5
     at_rest(faults)
