@@ -44,6 +44,7 @@ def merge(group: str, source: Status | None, recovery: Status | None, now: float
         "machines": _get(source, "machines") or [],
         "boot": _part(source, "boot", ("state", "reason", "autostart")),
         "strays": _get(source, "strays"),
+        "cycle": _part(source, "cycle", ("running", "began", "seconds", "shipped", "stun", "slower", "remarks")),
         "recovery_mode": _get(recovery, "mode"),
         "recoveries": _get(recovery, "recoveries") or [],
         "failback": _part(recovery, "failback", ("phase", "checkpoint", "kept_until", "given_up", "leftovers")),

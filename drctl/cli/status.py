@@ -155,6 +155,7 @@ def facts(picture: dict[str, Any]) -> list[tuple[str, str]]:
         ("journal", f"{render.size(journal.get('bytes'))} of {render.size(journal.get('limit'))}"),
         ("backlog", _told_by_source(picture, render.size(picture["backlog_bytes"]))),
         *_buffers(picture),
+        *_cycle(picture["cycle"] or {}),
         ("link", _told_by_source(picture, _link(link))),
     ]
 
@@ -180,6 +181,22 @@ def _buffers(picture: dict[str, Any]) -> list[tuple[str, str]]:
             text += f", {part['state']}" + (f": {part['error']}" if part.get("error") else "")
         lines.append((title, text))
     return lines
+
+
+def _cycle(cycle: dict[str, Any]) -> list[tuple[str, str]]:
+    """The newest snapshot cycle of a source on ESX: when, how long, what it cost its machines, and what it remarked."""
+    if not cycle or not cycle.get("began"):
+        return []
+    took = cycle.get("seconds")
+    lasts = (
+        "runs now" if cycle.get("running") else f"took {render.duration(took)}, {render.size(cycle['shipped'])} sent"
+    )
+    text = f"began at {render.moment(cycle['began'])}, {lasts}"
+    if cycle.get("stun") is not None:
+        text += f"; a machine stood still for {render.duration(cycle['stun'])}"
+    if int(cycle.get("slower") or 1) > 1:
+        text += f"; {cycle['slower']} intervals apart for that"
+    return [("cycle", text), *(("cycle remark", str(remark)) for remark in (cycle.get("remarks") or [])[-3:])]
 
 
 def _boot(picture: dict[str, Any]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ GROUP = {
     "group": str, "phase": (str, NONE), "reason": str, "generation": (int, NONE), "rpo_seconds": (*NUMBER, NONE),
     "interval_seconds": (*NUMBER, NONE), "newest": (dict, NONE), "oldest": (dict, NONE), "checkpoints": (int, NONE),
     "history": (dict, NONE), "journal": (dict, NONE), "link": (dict, NONE), "backlog_bytes": (int, NONE),
-    "sync": (dict, NONE), "ring": (dict, NONE), "spill": (dict, NONE), "dirty_map": (dict, NONE), "machines": list, "boot": (dict, NONE), "strays": (list, NONE), "recovery_mode": (str, NONE), "recoveries": list, "failback": (dict, NONE),
+    "sync": (dict, NONE), "ring": (dict, NONE), "spill": (dict, NONE), "dirty_map": (dict, NONE), "machines": list, "boot": (dict, NONE), "strays": (list, NONE), "cycle": (dict, NONE), "recovery_mode": (str, NONE), "recoveries": list, "failback": (dict, NONE),
     "source": (dict, NONE), "recovery": (dict, NONE), "evacuated": (dict, NONE), "lock": (dict, NONE),
 }  # fmt: skip
 LINK = {

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from drctl.cli.protection import describe, merge, sync_share
+from drctl.cli.status import facts
 from drctl.errors import ApplianceUnreachable
 from tests.cli.appliance import NOW
 
@@ -235,3 +236,19 @@ def test_one_group_costs_no_other_groups_status(world) -> None:
     world.applied("live")
     world("status", "web")
     assert "status" not in world.alpha.called("group.list")[-1]
+
+
+def test_a_source_on_esx_tells_its_cycle() -> None:
+    cycle = {"running": False, "began": NOW - 60, "seconds": 1.7, "shipped": 3 << 20, "stun": 6.2, "slower": 2}
+    told = {"cycle": cycle | {"remarks": ["db stood still for 6.2 s"]}}
+
+    def shown(source: dict) -> list[tuple[str, str]]:
+        return facts(merge("web", source, None, NOW) | {"source": None, "recovery": None})
+
+    lines = shown(told)
+    text = dict(lines)["cycle"]
+    assert "took 1.7 s, 3.0 MiB sent" in text
+    assert "stood still for 6.2 s; 2 intervals apart" in text
+    assert ("cycle remark", "db stood still for 6.2 s") in lines
+    assert "runs now" in dict(shown({"cycle": cycle | {"running": True, "seconds": None}}))["cycle"]
+    assert "cycle" not in dict(shown({}))
