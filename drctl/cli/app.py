@@ -21,6 +21,7 @@ import typer.main
 
 from drctl.cli.coercion import lighten
 from drctl.cli.context import Context, Settings
+from drctl.cli.help_text import tidy
 from drctl.cli.render import Screen
 from drctl.errors import DrctlError
 
@@ -76,7 +77,7 @@ COMMANDS = {
 def load(name: str) -> Any:
     """The command, its module imported. Raises KeyError."""
     module = import_module(f"drctl.cli.{COMMANDS[name].module}")
-    command = lighten(typer.main.get_command(module.app))
+    command = tidy(lighten(typer.main.get_command(module.app)))
     command.name = name
     return command
 

@@ -13,6 +13,7 @@ import typer.main
 from drctl import __version__
 from drctl.cli.app import COMMANDS, app, load
 from drctl.cli.codes import all_codes
+from drctl.cli.help_text import argument_name, usage_name
 from drctl.cli.plans.manual_plan import plan_page
 
 _FILES = (
@@ -93,13 +94,9 @@ def _verb(command: Any, path: list[str]) -> Iterator[str]:
 
 
 def _synopsis(command: Any, path: list[str]) -> list[str]:
-    arguments = [_argument(param) for param in command.params if param.param_type_name == "argument"]
+    arguments = [usage_name(param) for param in command.params if param.param_type_name == "argument"]
     rest = ["COMMAND", "[ARGUMENTS]"] if hasattr(command, "commands") else arguments
     return [f".B {_escape(' '.join(path))}", _escape(" ".join(["[OPTIONS]", *rest]))]
-
-
-def _argument(param: Any) -> str:
-    return str(param.metavar) if param.required else f"[{param.metavar}]"
 
 
 def _parameters(command: Any, heading: str) -> Iterator[str]:
@@ -115,7 +112,7 @@ def _parameters(command: Any, heading: str) -> Iterator[str]:
 
 def _name(param: Any) -> str:
     if param.param_type_name == "argument":
-        return str(param.metavar)
+        return argument_name(param)
     names = ", ".join(param.opts) + (f" / {', '.join(param.secondary_opts)}" if param.secondary_opts else "")
     return f"{names} {param.metavar}" if param.metavar else names
 

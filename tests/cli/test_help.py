@@ -80,6 +80,18 @@ def test_every_parameter_has_a_help_and_every_argument_a_name(name: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(READING | CHANGING | SERVICE))
+def test_help_shows_arguments_by_their_names_and_no_python(name: str) -> None:
+    shown = CliRunner().invoke(app, [*name.split(), "--help"]).output
+    assert not re.search(r"list\[|<(str|int|float|bool|Path|path)>|\{[A-Z]|\.\.\.\.|\.\.\.\]?\.\.\.", shown), shown
+    for param in commands()[name].params:
+        if param.param_type_name == "argument":
+            more = r"\.\.\." if param.nargs == -1 else ""
+            word = param.metavar.removesuffix("...") + more
+            word = word if param.required else rf"\[{word}\]"
+            assert re.search(rf"^Usage:.* {word}( |$)", shown, re.M | re.S), shown
+
+
+@pytest.mark.parametrize("name", sorted(READING | CHANGING | SERVICE))
 def test_the_examples_can_be_parsed(name: str) -> None:
     for line in examples(commands()[name]):
         words = shlex.split(line.split(" | ")[0])
