@@ -11,6 +11,7 @@ cycle       of a group's snapshots the one next act (pure)
 source      the cycle carried out: what changed, read and told to a sink
 frozen      a disk as its frozen layers have it together
 guard       what forbids a cycle (pure)
+upload      files sent there, whole or not at all
 stun        how long machines stood still for snapshots
 domain      a machine as libvirt would define it (pure)
 findings    what would stand in the way of a recovery (pure)

@@ -75,6 +75,13 @@ def worker(command: Command, product: str, log: str) -> Command:
     return ["sh", "-c", f"set -C; {there}; elif true 2>/dev/null >{place}; then set +C; {begin} fi; true"]
 
 
+def appending(path: str, at: int) -> Command:
+    """A command that puts its stdin behind a file's first `at` bytes, and does nothing when it has another length."""
+    place = shlex.quote(path)
+    there = f'[ -e {place} ] || : >{place}; [ "$(stat -c %s {place})" = {at} ]'
+    return ["sh", "-c", f"{there} || {{ echo 'it has another length' >&2; exit 1; }}; cat >>{place}"]
+
+
 def reading(path: str, ranges: Sequence[Extent]) -> bytes:
     """A script that writes ranges of a file, one after the other, to stdout, and ends with 1 when one can't be read.
 
