@@ -165,8 +165,10 @@ class RingReader:
     # --- dirty maps
 
     def request_drain(self) -> int:
-        """Ask the tap to swap the maps; the number of the request."""
-        self._words[Word.DRAIN_REQUEST] += 1
+        """Ask the tap to swap the maps; the number of the request. One that it has not answered is asked again, since
+        the number's parity tells which map is to be active."""
+        if self._words[Word.DRAIN_REQUEST] == self._words[Word.DRAIN_DONE]:
+            self._words[Word.DRAIN_REQUEST] += 1
         return self._words[Word.DRAIN_REQUEST]
 
     def drain_ready(self, request: int) -> bool:

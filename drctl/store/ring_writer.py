@@ -226,7 +226,9 @@ class RingWriter:
         news = False
         request = words[Word.DRAIN_REQUEST]
         if request != words[Word.DRAIN_DONE]:
-            words[Word.ACTIVE_MAP] ^= 1
+            # Each request is one more than the last: its parity says which map. A tap killed between the two words must
+            # not be followed by one that swaps back, and hands the shipper the map without the drops.
+            words[Word.ACTIVE_MAP] = request & 1
             words[Word.DRAIN_DONE] = request
             news = True
         if self._dropping:

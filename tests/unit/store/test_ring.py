@@ -360,6 +360,18 @@ def test_drains_swap_the_maps_and_clear_one(pair: Pair) -> None:
     assert list(pair.reader.dirty_extents(4)) == [Extent(212 * BLOCK, BLOCK)]
 
 
+def test_a_swap_that_a_kill_cut_in_two_is_not_undone(pair: Pair) -> None:
+    put(pair, 18)
+    request = pair.reader.request_drain()
+    assert pair.reader.request_drain() == request, "one that waits is not counted twice"
+    pair.writing.words[Word.ACTIVE_MAP] ^= 1  # the tap got so far, then it was killed
+    pair.kill()
+    pair.reopen()
+    assert pair.writer.poll(1)
+    assert pair.reader.drain_ready(request)
+    assert list(pair.reader.dirty_extents(4)) == [Extent(15 * BLOCK, 3 * BLOCK)]
+
+
 def test_dirty_extents_end_with_the_disk(pair: Pair) -> None:
     put(pair, 20)
     pair.writer.append(300, DISKS[300] - 512, bytes(512))
