@@ -39,6 +39,7 @@ CHANNELS = 8
 #: Between attempts to have one more channel, in seconds.
 SESSION_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 _CHUNK = 65536
+_FED = 256 * 1024
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 
@@ -171,7 +172,8 @@ def _finish(channel: paramiko.Channel, stdin: bytes) -> Done:
 
 def _feed(channel: paramiko.Channel, data: bytes) -> None:
     try:
-        channel.sendall(data)
+        for at in range(0, len(data), _FED):  # paramiko copies all that is left for each packet that it sends
+            channel.sendall(data[at : at + _FED])
         channel.shutdown_write()
     except (OSError, EOFError, paramiko.SSHException):
         return  # it ended without reading all, or the connection did (paramiko: EOFError): its exit code tells more

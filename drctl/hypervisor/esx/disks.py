@@ -61,6 +61,11 @@ class Disks:
         if self.exists(path):
             self._run(["vmkfstools", "-U", path])
 
+    def rename(self, path: str, name: str) -> None:
+        """No error when it was done before."""
+        if self.exists(path) or not self.exists(name):
+            self._run(["vmkfstools", "-E", path, name])
+
     def grow(self, path: str, size: int) -> None:
         self._run(["vmkfstools", "-X", str(size), path])
 

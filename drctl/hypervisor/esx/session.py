@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NoReturn, Protocol
 
-from drctl.errors import HostUnreachable, HypervisorRefused, NotFound
+from drctl.errors import HostUnreachable, HypervisorRefused, NotFound, OutOfSpace
 from drctl.hypervisor.esx import batch, value
 from drctl.hypervisor.esx.batch import Answer, Command
 from drctl.model.extent import SECTOR, Extent
@@ -90,6 +90,18 @@ class Session:
             raise HostUnreachable(f"{self.name}: {path} was not read whole", host=self.name)
         begins = [start + one.offset - full.offset for start, one, full in zip(starts, ranges, whole, strict=False)]
         return [done.out[begin : begin + one.length] for begin, one in zip(begins, ranges, strict=True)]
+
+    def send(self, command: Command, data: bytes, timeout: float = TIMEOUT) -> None:
+        """One command with these bytes on its stdin.
+
+        Raises OutOfSpace, HypervisorRefused; HostUnreachable: how much of them it took is not known."""
+        done = self._shell.run(command, stdin=data, timeout=timeout)
+        if done.code < 0:
+            raise HostUnreachable(f"{self.name}: {command[0]} was ended", host=self.name)
+        if done.code:
+            told = (done.err or done.out).decode("utf-8", "replace").strip().rpartition("\n")[2]
+            error = OutOfSpace if "No space left" in told else HypervisorRefused
+            raise error(f"{self.name}: {command[0]}: {told or f'exit code {done.code}'}", host=self.name)
 
     def _raise(self, program: str, fault: value.Fault) -> NoReturn:
         kind = fault.kind.rpartition(".")[2]
