@@ -101,7 +101,7 @@ def narrator(context: Context, steps: Mapping[str, str] | None = None) -> Progre
     known = {**_STEPS, **(steps or {})}
 
     def tell(step: dict[str, Any]) -> None:
-        if step.get("step") == "waiting":
+        if step.get("step") in ("waiting", "copy"):  # each piece of a copy: too many lines
             return
         if step.get("machine"):
             words = f"{step['machine']}: {_MACHINE_STEPS.get(str(step.get('state')), step.get('state'))}"

@@ -87,7 +87,7 @@ class _Localizing:
         tools, path = self._tools, Path(self._disk.overlay)
         if not tools.images.exists(path):
             backing = tools.views.backing(self._steps.recovery, self._disk.export)
-            tools.images.create(path, backing, self._disk.size)
+            tools.images.create(path, backing, self._disk.size, self._tell)
         trouble = ""
         for _ in range(MAX_PULLS):
             if tools.images.backing(path) is None:

@@ -108,6 +108,9 @@ def _space(tools: Tools, record: RecoveryRecord, held: int) -> list[dict[str, st
     free = tools.images.free(tools.room.images)
     if held <= free:
         return []
+    if tools.images.copies:
+        message = f"its disks take {format_bytes(held)}, {tools.room.images} has {format_bytes(free)}"
+        return [_finding("error", record.group, message, "free space there, or the failover is refused")]
     message = f"commit will need {format_bytes(held)}, {tools.room.images} has {format_bytes(free)}"
     return [
         _finding("warning", record.group, message, "the failover itself needs little; free space before the commit")

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from drctl.appliance.recovery.ports import Told
 from drctl.errors import OutOfSpace, SetupFailed, StepFailed
 from drctl.store import atomic
 
@@ -16,14 +17,22 @@ from drctl.store import atomic
 SHORT_SECONDS = 20.0
 
 
+def nobody(done: int, total: int) -> None:
+    """Nobody follows."""
+    del done, total
+
+
 class QemuImages:
     """qcow2 overlays. Stateless; safe from any thread."""
+
+    copies = False
 
     def exists(self, path: Path) -> bool:
         return path.exists()
 
-    def create(self, path: Path, backing: str, size: int) -> None:
+    def create(self, path: Path, backing: str, size: int, told: Told = nobody) -> None:
         """A new overlay, whole or not there at all (made beside and renamed)."""
+        del told
         atomic.make_directory(path.parent)
         beside = atomic.temporary(path)
         beside.unlink(missing_ok=True)

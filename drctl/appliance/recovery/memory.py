@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drctl.appliance.recovery.memory_parts import MemoryClock, MemoryDefinitions, MemorySources
-from drctl.appliance.recovery.ports import Recoverable, RecoverableMachine, Room, Tools
+from drctl.appliance.recovery.ports import Recoverable, RecoverableMachine, Room, Told, Tools
 from drctl.appliance.recovery.state import RecoveryRecord
 from drctl.errors import HypervisorRefused, NotFound, StepFailed
 from drctl.model.checkpoint import Checkpoint, CheckpointKind, resolve
@@ -267,7 +267,9 @@ class MemoryImages:
     def exists(self, path: Path) -> bool:
         return str(path) in self.files
 
-    def create(self, path: Path, backing: str, size: int) -> None:
+    copies = False
+
+    def create(self, path: Path, backing: str, size: int, told: Told) -> None:
         with self._world.effects.effect(f"overlay {path.name}"):
             if not self._world.views_alive():
                 raise StepFailed("the backing file does not answer")

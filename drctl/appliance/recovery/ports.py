@@ -14,6 +14,8 @@ from drctl.model.group import GroupDisk, GroupSpec
 from drctl.model.ports import AddressBook, Clock, Hypervisor
 
 Progress = Callable[[dict[str, Any]], None]
+#: (bytes done, bytes in total) of a copy; raises Interrupted to end it.
+Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,15 @@ class Sources(Protocol):
 class Images(Protocol):
     """Overlay files. Raises OutOfSpace, or StepFailed with what the tool said."""
 
+    @property
+    def copies(self) -> bool:
+        """Whether what is created has all that is below it from the start, so that it needs no view."""
+        ...
+
     def exists(self, path: Path) -> bool: ...
 
-    def create(self, path: Path, backing: str, size: int) -> None:
-        """A new overlay, whole or not there at all."""
+    def create(self, path: Path, backing: str, size: int, told: Told) -> None:
+        """A new overlay, whole or not there at all. `told` is for one that copies."""
         ...
 
     def put(self, path: Path, data: bytes) -> None:
@@ -186,13 +193,34 @@ class Definitions(Protocol):
         ...
 
 
+class Rooms(Protocol):
+    """Where files go: `scratch` for tests, `images` for failovers; `reserve` bytes are never used up by a test."""
+
+    @property
+    def scratch(self) -> Path: ...
+
+    @property
+    def images(self) -> Path: ...
+
+    @property
+    def reserve(self) -> int: ...
+
+    def overlay(self, directory: Path, machine: str, disk: str) -> Path:
+        """The file of a disk (MACHINE.TARGET) of a machine whose recovery has this directory."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where files go: `scratch` for tests, `images` for failovers; `reserve` bytes are never used up by a test."""
+    """Directories of this host, in which overlays lie flat."""
 
     scratch: Path
     images: Path
     reserve: int
+
+    def overlay(self, directory: Path, machine: str, disk: str) -> Path:
+        del machine
+        return directory / f"{disk}.qcow2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +235,6 @@ class Tools:
     definitions: Definitions
     addresses: AddressBook
     clock: Clock
-    room: Room
+    room: Rooms
     sleep: Callable[[float], None]
     new_uuid: Callable[[], str]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from drctl.appliance.recovery import address as recovery_address
@@ -21,14 +22,15 @@ from drctl.appliance.recovery.state import (
     RecoveryPhase,
     RecoveryRecord,
 )
-from drctl.errors import DrctlError, Interrupted, NotFound, StepFailed
+from drctl.errors import DrctlError, Interrupted, NotFound, OutOfSpace, StepFailed
+from drctl.model.extent import format_bytes
 from drctl.model.machine import MachineState
 
 #: Machines brought up at once: enough to hide each one's wait, few enough not to swamp a host in a disaster.
 PARALLEL = 8
 #: A domain that was created is running or gone at once; this bounds a hypervisor that is slow to say so.
 START_SECONDS = 30.0
-UP = (MachineState.RUNNING, MachineState.PAUSED)
+UP = (MachineState.RUNNING, MachineState.PAUSED, MachineState.STARTING)
 
 
 class Steps:
@@ -54,6 +56,8 @@ class Steps:
         recovery, tools = self.recovery, self._tools
         self._step("pin", lambda: tools.stores.pin(recovery.group, recovery.id, recovery.checkpoint, recovery.epoch))
         self._step("view", lambda: tools.views.ensure(recovery))
+        if tools.images.copies:
+            demand_room(tools, recovery)
         ready = MachinePhase.OVERLAY if recovery.test else MachinePhase.DEFINED
         held = [m for m in recovery.machines if m.name in recovery.held and m.phase is not ready]
         self._each(held if only is None else [], lambda machine: self._make_ready(machine, source), parallel)
@@ -143,15 +147,23 @@ class Steps:
         tools = self._tools
         for disk in machine.disks:
             if not tools.images.exists(Path(disk.overlay)):
-                tools.images.create(Path(disk.overlay), tools.views.backing(self.recovery, disk.export), disk.size)
+                backing = tools.views.backing(self.recovery, disk.export)
+                tools.images.create(Path(disk.overlay), backing, disk.size, partial(self._copied, machine, disk))
+            disk.localized = disk.localized or tools.images.copies
         self._reached(machine, MachinePhase.OVERLAY)
+
+    def _copied(self, machine: RecoveredMachine, disk: RecoveredDisk, done: int, total: int) -> None:
+        told = {"step": "copy", "machine": machine.name, "state": "copying", "disk": disk.target}
+        self.progress(told | {"done_bytes": done, "total_bytes": total})
+        if self.cancelled.is_set():
+            raise Interrupted(f"{self.recovery.id} is being stopped")
 
     def _domain(self, machine: RecoveredMachine, source: Recoverable) -> None:
         """Make the host know and run the machine."""
         tools, name = self._tools, machine.recovery_name
         if self.recovery.test:
             definition, known = self._definition(machine, source)
-            if not known:
+            if not known or tools.hypervisor.state(name) not in UP:
                 tools.hypervisor.create(definition)
         else:
             self._define(machine, source)
@@ -201,11 +213,34 @@ def plan_machine(tools: Tools, recovery: RecoveryRecord, machine: RecoverableMac
     # The generation keeps apart the files of failovers of one group; it rises with each.
     suffix = "" if recovery.test else f"-g{recovery.generation}"
     disks = [
-        RecoveredDisk(disk.target, disk.name, str(directory / f"{disk.name}{suffix}.qcow2"), disk.size)
+        RecoveredDisk(
+            disk.target,
+            disk.name,
+            str(tools.room.overlay(directory, f"{machine.name}{suffix}", f"{disk.name}{suffix}")),
+            disk.size,
+        )
         for disk in machine.disks
     ]
     identity = tools.new_uuid() if recovery.test else machine.uuid
     return RecoveredMachine(machine.name, name, identity, disks)
+
+
+def demand_room(tools: Tools, recovery: RecoveryRecord) -> None:
+    """Raises OutOfSpace unless all that is still to be copied fits, so that nothing is begun in vain."""
+    missing = [disk for _, disk in recovery.disks() if not tools.images.exists(Path(disk.overlay))]
+    if not missing:
+        return
+    held = tools.stores.allocated(recovery.group, recovery.checkpoint)
+    needed = sum(held.get(disk.export, disk.size) for disk in missing)
+    where = tools.room.scratch if recovery.test else tools.room.images
+    free = tools.images.free(where) - (tools.room.reserve if recovery.test else 0)
+    if needed > free:
+        raise OutOfSpace(
+            f"the disks of {recovery.group} take {format_bytes(needed)}, {where} has {format_bytes(max(free, 0))}",
+            hint="free space there; nothing was copied",
+            needed=needed,
+            free=free,
+        )
 
 
 def is_ours(tools: Tools, machine: RecoveredMachine) -> bool | None:
