@@ -147,7 +147,7 @@ class LibvirtHypervisor:
     def state(self, name: str) -> MachineState:
         domain = self._domain(name)
         with self._connection.translated(name):
-            return _STATES.get(domain.state()[0], MachineState.UNKNOWN)
+            return _state(domain.state())
 
     def moved_away(self, name: str) -> bool:
         """Whether the machine is off here because it was migrated; libvirtd forgets it when it restarts."""
@@ -185,7 +185,7 @@ class LibvirtHypervisor:
             return Machine(
                 name=name,
                 uuid=domain.UUIDString(),
-                state=_STATES.get(domain.state()[0], MachineState.UNKNOWN),
+                state=_state(domain.state()),
                 disks=tuple(self._disk(domain, facts) for facts in domain_xml.disks(root)),
                 memory=domain_xml.memory_bytes(root),
                 vcpus=domain_xml.vcpus(root),
@@ -335,6 +335,13 @@ class LibvirtHypervisor:
         domain = self._domain(name)
         with self._connection.translated(name):
             domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_ASYNC)
+
+
+def _state(found: Sequence[int]) -> MachineState:
+    """Out of libvirt's state and reason. While it starts a domain it lets nothing else in: monitor commands wait."""
+    if list(found) == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]:
+        return MachineState.STARTING
+    return _STATES.get(found[0], MachineState.UNKNOWN)
 
 
 def _dotted(number: int) -> str:

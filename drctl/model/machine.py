@@ -9,6 +9,8 @@ from enum import StrEnum
 class MachineState(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
+    #: Its hypervisor makes it; no instruction of the guest has run yet, and nothing else can be asked of it.
+    STARTING = "starting"
     SHUT_OFF = "shut-off"
     CRASHED = "crashed"
     UNKNOWN = "unknown"

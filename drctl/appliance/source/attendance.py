@@ -14,7 +14,7 @@ import msgspec
 
 from drctl.appliance.source.disk_changes import disk_changes
 from drctl.appliance.source.group_state import GroupState
-from drctl.appliance.source.image_stamp import RUNNING, Stamp, untold
+from drctl.appliance.source.image_stamp import REACHABLE, RUNNING, Stamp, untold
 from drctl.appliance.source.returning import Returning
 from drctl.appliance.source.tapping import Place, Tapping
 from drctl.model.machine import Machine
@@ -60,12 +60,14 @@ class Attendance:
         self._tapping = tapping
         self._returning = returning
         self._running: frozenset[str] = frozenset()
+        self._reachable: frozenset[str] = frozenset()
         self._untold_due = 0.0
 
     def note_power(self, machines: Sequence[Machine], *, reading: bool) -> None:
         """A machine that went off in order stays provable while its images stay as they are; of one that did not, or
         whose images changed since, nothing is known: it has to be read, unless something is being read already."""
         running = frozenset(machine.name for machine in machines if machine.state in RUNNING)
+        self._reachable = frozenset(machine.name for machine in machines if machine.state in REACHABLE)
         state = self._keeper.state
         moved = {name for name in self._running - running if self._host.moved_away(name)} | set(state.moved) - running
         self._running = running
@@ -98,7 +100,7 @@ class Attendance:
         changed = {change.number for change in disk_changes(state, machines)}
         if missing := set(self._tapping.missing(state, machines)) - changed:
             self._take_back(missing, attaching)
-        self._returning.attached(self._running)
+        self._returning.attached(self._reachable)
 
     def _take_back(self, missing: Collection[int], attaching: Attaching) -> None:
         """Attach. Disks that were not written since their machine left in order have missed nothing."""
@@ -110,15 +112,16 @@ class Attendance:
         recorded = set(attaching.recording(self._keeper.state, machines)) & set(missing)
         self.miss(set(missing) - recorded)
         self._keeper.change(lambda state: state.with_recorded(recorded))
-        for machine in machines:
-            if machine.state in RUNNING:
-                self._tapping.attach(self._keeper.state, machine, missing, attaching.place)
-        clean = self._returning.clean(self._keeper.state, machines, held)
+        failed = self._tapping.attach_all(self._keeper.state, machines, missing, attaching.place)
+        attached = [machine for machine in machines if machine.name not in failed]
+        clean = self._returning.clean(self._keeper.state, attached, held)
         self._note_clean({number: held[number] for number in clean}, before if len(clean) == len(missing) else "")
         if len(clean) < len(missing):
             # Only now: guests don't wait before they write. What it read meanwhile is read again, and comes later in
             # the stream; it can't count as done, its name was forgotten with the disks that missed writes.
             attaching.end_pass()
+        for failure in failed.values():
+            raise failure
 
     def _note_clean(self, held: Mapping[int, int], sync: str) -> None:
         """These disks came back before they were written. Where none did otherwise, a pass goes on."""

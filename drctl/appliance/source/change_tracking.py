@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drctl.appliance.source.group_state import DiskState, GroupState
-from drctl.appliance.source.image_stamp import RUNNING
+from drctl.appliance.source.image_stamp import REACHABLE
 from drctl.errors import DrctlError
 from drctl.hypervisor import change_bitmap
 from drctl.hypervisor.qmp import Monitor
@@ -74,7 +74,7 @@ class ChangeTracking:
         """Start bitmaps for the running machines, then cut a checkpoint by `mark`; {disk: (bitmap, its number)}.
 
         Raises DrctlError, and then nothing is recorded."""
-        running = [machine for machine in machines if machine.state in RUNNING]
+        running = [machine for machine in machines if machine.state in REACHABLE]
         names: dict[int, str] = {}
         try:
             for machine in running:
@@ -98,7 +98,7 @@ class ChangeTracking:
         known: dict[int, bool] = {}
         for machine in machines:
             tracked = [disk for disk in _disks_of(state, machine.name) if disk.tracked]
-            if not tracked or machine.state not in RUNNING:
+            if not tracked or machine.state not in REACHABLE:
                 continue
             try:
                 there = change_bitmap.found(self._monitor(machine.name))

@@ -12,7 +12,9 @@ from drctl.model.extent import SECTOR
 from drctl.model.machine import Machine, MachineState
 
 #: States in which a machine's disks are open and may be written.
-RUNNING = (MachineState.RUNNING, MachineState.PAUSED)
+RUNNING = (MachineState.RUNNING, MachineState.PAUSED, MachineState.STARTING)
+#: States in which a machine's QEMU can be asked.
+REACHABLE = (MachineState.RUNNING, MachineState.PAUSED)
 
 #: (size, mtime in ns, inode) of an image file; of a block device (size, - device number, sectors written so far).
 Stamp = tuple[int, int, int]

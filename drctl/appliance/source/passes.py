@@ -17,10 +17,10 @@ from drctl.appliance.source.change_tracking import ChangeTracking, write_extents
 from drctl.appliance.source.group_state import DiskState, GroupState
 from drctl.appliance.source.image_stamp import RUNNING
 from drctl.appliance.source.shipper_link import Export
-from drctl.errors import DrctlError
+from drctl.errors import DrctlError, StepFailed
 from drctl.hypervisor import change_bitmap
 from drctl.hypervisor.reader_export import export_start, export_stop
-from drctl.model.machine import Machine
+from drctl.model.machine import Machine, MachineState
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class Passes:
                 disks = [d for d in state.disks if d.machine == machine.name and d.number in numbers]
                 if not disks:
                     continue
+                if machine.state is MachineState.STARTING:
+                    raise StepFailed(f"{machine.name} is starting")
                 if machine.state in RUNNING:
                     opened.append(machine.name)
                     exports |= self._from_qemu(machine.name, disks, bitmaps)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,10 +25,11 @@ from drctl.appliance.source.disk_changes import taken_up
 from drctl.appliance.source.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.source.guest_reader import GuestReader
 from drctl.appliance.source.host import SourceHost
-from drctl.appliance.source.image_stamp import Stamp, stamps_of_images
+from drctl.appliance.source.image_stamp import stamps_of_images
 from drctl.appliance.source.passes import Passes, Wanted, pass_wanted
 from drctl.appliance.source.resync import SurveyOrder
 from drctl.appliance.source.returning import Returning
+from drctl.appliance.source.seen import Seen
 from drctl.appliance.source.shipper_link import Report, ShipperLink
 from drctl.appliance.source.strays import Strays
 from drctl.appliance.source.tappable import check_machines
@@ -44,39 +43,6 @@ log = logging.getLogger(__name__)
 
 #: Time between two looks when nothing happens. A fault is noticed within it; a look costs a few monitor commands.
 LOOK_SECONDS = 0.25
-#: The machines' disks are asked for this often without an event (sizes and new disks; states are asked each look).
-MACHINES_SECONDS = 2.0
-#: While all seems well it is asked this often whether marks would be attested: the status must not say so alone.
-ATTEST_SECONDS = 1.0
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What the last look saw, for status and for the next look. Owned by the protection's thread."""
-
-    machines: list[Machine] = field(default_factory=list)
-    machines_at: float = 0.0
-    #: Images of machines that are off, as they were when the pass began.
-    stamps: dict[int, Stamp | None] = field(default_factory=dict)
-    #: When attestation may be asked for again.
-    attest_due: float = 0.0
-    attested: str = ""
-
-    def look(self, host: SourceHost, names: Iterable[str], *, anew: bool) -> list[Machine]:
-        """The machines; their disks may be some seconds old, unless `anew`."""
-        if anew or time.monotonic() - self.machines_at > MACHINES_SECONDS or not self.machines:
-            self.machines = [host.machine(name) for name in names]
-            self.machines_at = time.monotonic()
-        else:
-            self.machines = [replace(machine, state=host.state(machine.name)) for machine in self.machines]
-        return self.machines
-
-    def unattested(self, attest: Callable[[], str]) -> str:
-        """Why a mark would not be attested now. The shipper hears it at each mark; this is for people."""
-        if time.monotonic() >= self.attest_due or self.attested:
-            self.attest_due = time.monotonic() + ATTEST_SECONDS
-            self.attested = attest()
-        return self.attested
 
 
 class Protection:
@@ -100,7 +66,7 @@ class Protection:
         self._attaching = Attaching(place, look, self._end_pass, recording)
         self.survey = SurveyOrder()
         self.definition = DefinitionFile(home, group, host, GuestReader(host))
-        self._seen = _Seen()
+        self._seen = Seen()
         #: Disks that were added or taken out are to be taken up.
         self._take_up = False
         self._wake = threading.Event()

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from drctl.appliance.source.departure import Ends, stamp_at_end
 from drctl.appliance.source.group_state import DiskState, GroupState
-from drctl.appliance.source.image_stamp import RUNNING, Stamp, image_stamp
+from drctl.appliance.source.image_stamp import REACHABLE, RUNNING, Stamp, image_stamp
+from drctl.appliance.source.side_by_side import each
 from drctl.hypervisor.untouched import untouched
 from drctl.model.machine import Disk, Machine
 
@@ -76,7 +77,7 @@ class Returning:
         back: dict[int, int] = {}
         for machine in machines:
             disks = _disks_of(state, machine)
-            if machine.state not in RUNNING or not disks or any(disk.number not in missing for disk in disks):
+            if machine.state not in REACHABLE or not disks or any(disk.number not in missing for disk in disks):
                 continue
             facts = _facts(machine)
             known = [disk for disk in disks if disk.left is not None and not disk.pass_needed]
@@ -88,15 +89,19 @@ class Returning:
 
     def clean(self, state: GroupState, machines: Iterable[Machine], numbers: Collection[int]) -> set[int]:
         """Those of the disks, attached meanwhile, that were not written between power-on and their mirror."""
+        known = {disk.machine for disk in state.disks if disk.number in numbers}
+        asked = [machine for machine in machines if machine.name in known]
+        return set().union(*each(lambda machine: self._clean_of(state, machine, numbers), asked))
+
+    def _clean_of(self, state: GroupState, machine: Machine, numbers: Collection[int]) -> set[int]:
         found: set[int] = set()
-        for machine in machines:
-            for disk in _disks_of(state, machine):
-                if disk.number in numbers:
-                    node = self._host.source_node(machine.name, disk.target)
-                    if untouched(partial(self._host.monitor, machine.name), node):
-                        found.add(disk.number)
-                    else:
-                        log.info("%s: %s was written before its mirror was there", machine.name, disk.target)
+        for disk in _disks_of(state, machine):
+            if disk.number in numbers:
+                node = self._host.source_node(machine.name, disk.target)
+                if untouched(partial(self._host.monitor, machine.name), node):
+                    found.add(disk.number)
+                else:
+                    log.info("%s: %s was written before its mirror was there", machine.name, disk.target)
         return found
 
     def _powered_off(self, machine: str) -> bool:

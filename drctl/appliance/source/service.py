@@ -18,7 +18,7 @@ from drctl.appliance.source.description import describe
 from drctl.appliance.source.evacuation_record import EvacuationFile
 from drctl.appliance.source.group_state import Desired, GroupFiles, GroupState
 from drctl.appliance.source.guest_notes import wanted
-from drctl.appliance.source.image_stamp import RUNNING
+from drctl.appliance.source.image_stamp import REACHABLE, RUNNING
 from drctl.appliance.source.protection import Protection
 from drctl.appliance.source.quiesce import Quiescer
 from drctl.appliance.source.reign_guard import ReignGuard
@@ -266,7 +266,7 @@ class SourceService:
         order = {"kind": kind, "tags": list(params.get("tags") or ())}
         if kind == "quiesced":
             progress({"step": "freeze"})
-            running = [machine.name for machine in protection.machines if machine.state in RUNNING]
+            running = [machine.name for machine in protection.machines if machine.state in REACHABLE]
             with self._quiescer.frozen(running):
                 # Within the time after which the guests are thawed by the clock.
                 return dict(protection.shipper.call("mark", {**order, "timeout": 8.0}, timeout_seconds=9.0))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from drctl.appliance.source.disk_changes import disk_changes
 from drctl.appliance.source.group_state import DiskState, GroupState
-from drctl.appliance.source.image_stamp import RUNNING, why_not_in_order
+from drctl.appliance.source.image_stamp import REACHABLE, why_not_in_order
+from drctl.appliance.source.side_by_side import each
 from drctl.errors import DrctlError, StepFailed
 from drctl.hypervisor.attestation import ask
 from drctl.hypervisor.block_graph import MirrorName, MirrorState
@@ -46,6 +47,18 @@ class RingState(Protocol):
 
     def losses(self) -> int:
         """Losses of order so far, but for connections that said goodbye."""
+        ...
+
+    def lossless(self) -> bool:
+        """None of these since order was proven."""
+        ...
+
+    def ended(self, number: int) -> int:
+        """Not 0 when the disk's newest connection has ended, and said goodbye before."""
+        ...
+
+    def proven_once(self) -> bool:
+        """Order was proven in this epoch."""
         ...
 
     def prove(self, stamp: int, sequence: int, losses: int) -> None:
@@ -85,7 +98,7 @@ class Tapping:
         """Numbers of the running machines' disks that have no mirror of this epoch. Their writes are being missed."""
         numbers: list[int] = []
         for machine in machines:
-            if machine.state in RUNNING:
+            if machine.state in REACHABLE:
                 found = {m.name for m in find(self._monitor(machine.name)) if not _ended(m)}
                 disks = _disks_of(state, machine.name)
                 numbers += [
@@ -93,7 +106,25 @@ class Tapping:
                 ]
         return numbers
 
-    def attach(self, state: GroupState, machine: Machine, numbers: Iterable[int], place: Place) -> None:
+    def attach_all(
+        self, state: GroupState, machines: Iterable[Machine], numbers: Collection[int], place: Place
+    ) -> dict[str, DrctlError]:
+        """Attach these disks, those of several machines at a time: their guests don't wait before they write.
+
+        The machines with which that went wrong; the others have their mirrors."""
+        failed: dict[str, DrctlError] = {}
+
+        def attach(machine: Machine) -> None:
+            try:
+                self.attach(state, machine, numbers, place)
+            except DrctlError as exc:
+                failed[machine.name] = exc
+
+        known = {disk.machine for disk in state.disks if disk.number in numbers}
+        each(attach, [machine for machine in machines if machine.state in REACHABLE and machine.name in known])
+        return failed
+
+    def attach(self, state: GroupState, machine: Machine, numbers: Collection[int], place: Place) -> None:
         """Attach these disks of a running machine, after clearing away mirrors of earlier epochs."""
         self._demand_beat()
         monitor = self._monitor(machine.name)
@@ -121,30 +152,55 @@ class Tapping:
             self._demand_beat()
             losses = self._ring.losses()
             stamp = self._ring.order_stamp()
-            running = [m for m in machines if m.state in RUNNING]
+            running = [m for m in machines if m.state in REACHABLE]
             disks = [disk for m in running for disk in _disks_of(state, m.name)]
             before = [self._ring.connection(disk.number) for disk in disks]
-            sequence = self._ring.published()
-            for machine in running:
-                monitor = self._monitor(machine.name)
-                for disk in _disks_of(state, machine.name):
-                    proven = self._mirror(state, disk, monitor).prove_order(
-                        self._ring.published,
-                        partial(self._connected, disk.number),
-                        timeout_seconds=timeout_seconds,
-                    )
-                    sequence = max(sequence, proven)
+            published = self._ring.published()
+            if self._only_goodbyes(state, stamp, losses):
+                self._ring.prove(stamp, published, losses)
+                return ""
+            proven = each(lambda machine: self._prove_machine(state, machine, timeout_seconds), running)
+            sequence = max([published, *proven])
             after = [self._ring.connection(disk.number) for disk in disks]
             if stamp != self._ring.order_stamp() or (0 not in before and before != after):
                 return "order was lost again while it was being proven"
             self._ring.prove(stamp, sequence, losses)
             return ""
 
+    def _prove_machine(self, state: GroupState, machine: Machine, timeout_seconds: float) -> int:
+        """Prove a machine's disks one after the other; from where on all of them are in order."""
+        monitor = self._monitor(machine.name)
+        return max(
+            [
+                self._mirror(state, disk, monitor).prove_order(
+                    self._ring.published, partial(self._connected, disk.number), timeout_seconds=timeout_seconds
+                )
+                for disk in _disks_of(state, machine.name)
+            ],
+            default=0,
+        )
+
+    def _only_goodbyes(self, state: GroupState, stamp: int, losses: int) -> bool:
+        """Whether the order that was proven once is whole still: since then nothing ended but connections that had said
+        goodbye, after all that was in flight on them had arrived.
+
+        Then no write of any other disk was refused or lost, and no mirror has anything to send again, so there is
+        nothing that QEMU would have to be asked. A connection whose end is not understood yet (neither there nor said
+        goodbye: LOSSES may be about to rise) is waited for by the next look, or proven at length."""
+        ring = self._ring
+        settled = all(ring.connection(disk.number) or ring.ended(disk.number) for disk in state.disks)
+        return (
+            ring.proven_once()
+            and settled
+            and ring.lossless()
+            and (stamp, losses) == (ring.order_stamp(), ring.losses())
+        )
+
     def detach(self, state: GroupState, machines: Iterable[Machine], place: Place) -> list[str]:
         """Remove all of drctl's mirrors from the machines; what could not be removed, in words."""
         left: list[str] = []
         for machine in machines:
-            if machine.state not in RUNNING:
+            if machine.state not in REACHABLE:
                 continue
             try:
                 monitor = self._monitor(machine.name)
@@ -167,16 +223,17 @@ class Tapping:
         if not self._ring.beating():
             return "the tap does not beat"
         known = {machine.name: machine for machine in machines}
-        for name in state.spec.machines:
-            if name not in known:
-                return f"{name}: it is not on this host"
-            try:
-                reason = self._attest_machine(state, replace(known[name], state=self._host.state(name)))
-            except DrctlError as exc:
-                return exc.message if name in exc.message else f"{name}: {exc.message}"
-            if reason:
-                return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
-        return ""
+        reasons = each(lambda name: self._attest_one(state, name, known.get(name)), state.spec.machines)
+        return next(filter(None, reasons), "")
+
+    def _attest_one(self, state: GroupState, name: str, machine: Machine | None) -> str:
+        if machine is None:
+            return f"{name}: it is not on this host"
+        try:
+            reason = self._attest_machine(state, replace(machine, state=self._host.state(name)))
+        except DrctlError as exc:
+            return exc.message if name in exc.message else f"{name}: {exc.message}"
+        return reason if not reason or reason.startswith(f"{name}: ") else f"{name}: {reason}"
 
     def _attest_machine(self, state: GroupState, machine: Machine) -> str:
         disks = _disks_of(state, machine.name)
@@ -186,7 +243,7 @@ class Tapping:
             return f"{pending[0]}: the reader has to go over it"
         if machine.name in state.moved:
             return "it was moved to another host"
-        if machine.state not in RUNNING:
+        if machine.state not in REACHABLE:
             return why_not_in_order(machine, disks)
         monitor = self._monitor(machine.name)
         answer = ask(monitor, [MirrorName.of(state.generation, state.epoch, disk.number) for disk in disks])
@@ -197,7 +254,7 @@ class Tapping:
 
     def states(self, state: GroupState, machine: Machine) -> dict[str, str]:
         """For people: what each disk's mirror is doing."""
-        if machine.state not in RUNNING:
+        if machine.state not in REACHABLE:
             return {disk.target: "off" for disk in _disks_of(state, machine.name)}
         found = {mirror.name: mirror for mirror in find(self._monitor(machine.name))}
         words = {}

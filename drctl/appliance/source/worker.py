@@ -145,6 +145,10 @@ class Worker:
         words = self.ring.words
         return words[Word.LOSSES] == words[Word.ORDERED_LOSSES]
 
+    def proven_once(self) -> bool:
+        """Order was proven in this epoch (tapping.RingState)."""
+        return self.ring.words[Word.ORDERED_STAMP] != 0
+
     def ended(self, number: int) -> int:
         return self.ring.disk_word(number, DiskWord.ENDED)
 
