@@ -302,7 +302,9 @@ def test_screens_and_the_day_before_are_in_the_file_itself(plans) -> None:
     assert [one["src"] for tag, one in page.tags if tag == "img"] == [f"data:image/png;base64,{png}"]
     assert "<b>login:\\x1b[2J" in page.text
     (plot,) = [one for tag, one in page.tags if tag == "polygon"]
-    assert plot["points"].startswith("0,100 0.0,0.0 ")
+    assert plot["points"].startswith("0,100 0.0,100.0 ")
+    (gap,) = [one for tag, one in page.tags if tag == "rect" and one.get("class") == "none"]
+    assert (gap["x"], gap["width"]) == ("0.0", "347.2"), "100 of 288 parts have no checkpoint"
     assert plot["points"].endswith("1000.0,0.0 1000,100")
     assert "at most 15m" in page.text
     policy = next(one["content"] for tag, one in page.tags if one.get("http-equiv"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from drctl.cli import render
@@ -59,7 +60,8 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A group's ages over time: `area` is the points of a polygon in 1000 by 100, `target` a height or None."""
+    """A group's ages over time: `area` is the points of a polygon in 1000 by 100, `target` a height or None, `none` has
+    (left, width) of times without any checkpoint."""
 
     group: str
     area: str
@@ -68,7 +70,11 @@ class Plot:
     begin: float
     end: float
     worst: float | None
-    gaps: bool
+    none: tuple[tuple[float, float], ...]
+
+    @property
+    def gaps(self) -> bool:
+        return bool(self.none)
 
 
 @dataclass(slots=True)
@@ -180,18 +186,27 @@ def _outputs(report: Report, budget: _Budget) -> list[tuple[Line, str]]:
 
 
 def _plot(ages: Ages, target: float) -> Plot:
-    """Parts without any checkpoint are drawn as high as the plot."""
     known = [age for age in ages.worst if age is not None]
     highest = max([*known, target]) or 1.0
     width = WIDTH / len(ages.worst)
     points = ["0,100"]
     for place, age in enumerate(ages.worst):
-        height = 0.0 if age is None else 100 - 100 * age / highest
+        height = 100 - 100 * (age or 0.0) / highest
         points += [f"{place * width:.1f},{height:.1f}", f"{(place + 1) * width:.1f},{height:.1f}"]
     line = 100 - 100 * target / highest if target else None
     worst = max(known, default=None)
     area = " ".join([*points, f"{WIDTH:.0f},100"])
-    return Plot(ages.group, area, line, highest, ages.begin, ages.end, worst, len(known) < len(ages.worst))
+    return Plot(ages.group, area, line, highest, ages.begin, ages.end, worst, tuple(_gaps(ages, width)))
+
+
+def _gaps(ages: Ages, width: float) -> Iterator[tuple[float, float]]:
+    """Parts of the day without any checkpoint, those side by side as one."""
+    place = 0
+    for missing, parts in groupby(ages.worst, key=lambda age: age is None):
+        length = len(list(parts))
+        if missing:
+            yield round(place * width, 1), round(length * width, 1)
+        place += length
 
 
 def _consoles(report: Report) -> list[dict[str, Any]]:
