@@ -122,11 +122,12 @@ def newest(image: Path) -> int:
 def domain_xml(name: str, uuid: str, images: Path) -> str:
     disks = "".join(
         f"""<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/>
-        <source file='{images}/{name}.{target}.raw'/><target dev='{target}' bus='virtio'/></disk>"""
-        for target in TARGETS
+        <source file='{images}/{name}.{target}.raw'/><target dev='{target}' bus='virtio'/>
+        <boot order='{order}'/></disk>"""
+        for order, target in enumerate(TARGETS, 1)  # SeaBIOS knows no disks but those that it may boot from
     )
     return f"""<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>16</memory><vcpu>1</vcpu>
-      <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os><features><acpi/></features>
+      <os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>
       <on_poweroff>destroy</on_poweroff>
       <devices>{disks}<controller type='usb' model='none'/><video><model type='none'/></video>
       <memballoon model='none'/></devices></domain>"""

@@ -21,8 +21,10 @@ from drctl.model.machine import Machine
 
 log = logging.getLogger(__name__)
 
-#: Images that change while their machine is off are not read more often than this.
+#: An image that changes while its machine is off is not read more often than this.
 UNTOLD_SECONDS = 60.0
+#: How a machine left may be understood a look or two later than that it is off.
+UNDERSTOOD_SECONDS = 1.5
 
 
 class Keeper(Protocol):
@@ -61,7 +63,8 @@ class Attendance:
         self._returning = returning
         self._running: frozenset[str] = frozenset()
         self._reachable: frozenset[str] = frozenset()
-        self._untold_due = 0.0
+        #: When a disk of which nothing is known may be read, by number; from its first such look on.
+        self._untold_due: dict[int, float] = {}
 
     def note_power(self, machines: Sequence[Machine], *, reading: bool) -> None:
         """A machine that went off in order stays provable while its images stay as they are; of one that did not, or
@@ -78,10 +81,17 @@ class Attendance:
             self._note_untold(machines)
 
     def _note_untold(self, machines: Sequence[Machine]) -> None:
-        now = time.monotonic()
-        if now >= self._untold_due and (numbers := untold(self._keeper.state, machines)):
-            self._untold_due = now + UNTOLD_SECONDS
-            self.miss(numbers)
+        now, state = time.monotonic(), self._keeper.state
+        numbers = untold(state, machines)
+        off = {disk.number for disk in state.disks if disk.machine not in self._running}
+        # Who came back, or was understood meanwhile, begins anew.
+        kept = {
+            n: at for n, at in self._untold_due.items() if n in off and (n in numbers or at > now + UNDERSTOOD_SECONDS)
+        }
+        due = [number for number in numbers if now >= kept.setdefault(number, now + UNDERSTOOD_SECONDS)]
+        self._untold_due = kept | dict.fromkeys(due, now + UNTOLD_SECONDS)
+        if due:
+            self.miss(due)
 
     def miss(self, numbers: Collection[int]) -> None:
         """These disks were, or may have been, written unseen."""
@@ -100,7 +110,7 @@ class Attendance:
         changed = {change.number for change in disk_changes(state, machines)}
         if missing := set(self._tapping.missing(state, machines)) - changed:
             self._take_back(missing, attaching)
-        self._returning.attached(self._reachable)
+        self._returning.attached(self._reachable, {m.name for m in machines if m.name not in self._reachable})
 
     def _take_back(self, missing: Collection[int], attaching: Attaching) -> None:
         """Attach. Disks that were not written since their machine left in order have missed nothing."""

@@ -38,10 +38,12 @@ class Returning:
         self._host = host
         self._ring = ring
         self._lock = threading.Lock()
-        #: Machines all of whose mirrors the newest look found in place.
+        #: Machines all of whose mirrors were in place at the newest look at which they could be asked.
         self._mirrored: frozenset[str] = frozenset()
         #: Ends told by events since then: machine → whether it powered off.
         self._ends: dict[str, bool] = {}
+        #: Disks of which it was told already that they were not left in order.
+        self._told: set[int] = set()
 
     def happened(self, machine: str, event: str) -> None:
         """An event of the hypervisor, from any thread. An empty machine: events were lost."""
@@ -53,10 +55,11 @@ class Returning:
             elif event == "stopped":
                 self._ends.setdefault(machine, True)
 
-    def attached(self, machines: Collection[str]) -> None:
-        """A look found these machines with all their mirrors."""
+    def attached(self, machines: Collection[str], others: Collection[str]) -> None:
+        """A look found these machines with all their mirrors. The others are off, or are being started: of them it says
+        nothing, and how they left may be understood later than at the first look."""
         with self._lock:
-            self._mirrored = frozenset(machines)
+            self._mirrored = frozenset(machines) | self._mirrored & frozenset(others)
             for machine in machines:
                 self._ends.pop(machine, None)
 
@@ -116,7 +119,9 @@ class Returning:
             stamp = stamp_at_end(disk.number, facts[disk.target], self._ring, mirrored=mirrored)
             if stamp is not None:
                 stamps[disk.number] = stamp
-            else:
+                self._told.discard(disk.number)
+            elif disk.number not in self._told:
+                self._told.add(disk.number)
                 log.info("%s: %s was not left in order, as far as is known", machine.name, disk.target)
         return stamps
 
