@@ -20,6 +20,7 @@ from drctl.appliance.libvirt_hook import HOOK_PATH
 from drctl.errors import CertificateRejected, DrctlError, OutOfSpace
 from drctl.model.extent import GiB, MiB, format_bytes
 from drctl.model.machine import Machine
+from drctl.replication.authority import kept
 from drctl.replication.identity import certificate_expiry
 
 #: One that `drctl certificate renew` by cron would have renewed long before.
@@ -76,6 +77,7 @@ def appliance_info(home: Home, host: InfoHost) -> dict[str, Any]:
         "space": space,
         "memory": _memory(),
         "certificate": _certificate(home),
+        "authority": kept(home.path / "authority"),
         "findings": findings,
     }
 

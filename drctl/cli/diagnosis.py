@@ -78,6 +78,9 @@ def examine_host(host: str, facts: Mapping[str, Any], version: str, now: float, 
         )
     if wall_ns := facts.get("wall_ns"):
         found += _clock(host, abs(wall_ns / 1e9 - now) - patience)
+    if "authority" in facts and facts["authority"] is None:
+        text = "keeps no sealed copy of the CA's key: without the operator's machine no certificate could be renewed"
+        found.append(info(host, text, f"drctl certificate seal {host}"))
     told = {row["subject"] for row in facts.get("findings") or []}
     for name, place in (facts.get("space") or {}).items():
         found += _space(host, name, place) if place.get("path") not in told else []

@@ -114,6 +114,15 @@ def test_a_healthy_host_and_one_that_tells_nothing() -> None:
     assert host(space={"store": {"total": None, "free": None}}) == []
 
 
+def test_a_host_without_a_sealed_copy_of_the_authority() -> None:
+    (one,) = host(version="0.1.0", authority=None)
+    assert one.severity is Severity.INFO
+    assert "keeps no sealed copy" in one.message
+    assert one.hint == "drctl certificate seal a1"
+    assert host(version="0.1.0", authority={"fingerprint": "ab", "kept": NOW}) == []
+    assert host(version="0.1.0") == []  # an older appliance does not tell
+
+
 def test_space_is_told_once() -> None:
     told = {"severity": "error", "subject": "/s", "message": "nearly full"}
     assert len(host(findings=[told], space={"store": {"total": 100, "free": 1, "path": "/s"}})) == 1
