@@ -35,15 +35,35 @@ def _empty_drives(devices: ET.Element) -> Iterator[ET.Element]:
 
 
 def _add_drive(root: ET.Element, devices: ET.Element) -> ET.Element:
-    """On the bus that the machine type has from the start: libvirt makes a controller where one is missing."""
-    machine = root.find("os/type")
-    kind = "" if machine is None else machine.get("machine", "")
-    pc = kind == "pc" or kind.startswith(("pc-i440fx", "isapc"))
-    x86 = machine is not None and machine.get("arch", "x86_64") in ("x86_64", "i686")
-    bus, prefix = ("ide", "hd") if pc and x86 else ("sata", "sd") if x86 else ("scsi", "sd")
+    """On a bus that the guest can be expected to know: libvirt makes a controller where one is missing."""
+    bus, prefix = _bus(root, devices)
+    if bus == "scsi" and devices.find("controller[@type='scsi']") is None:
+        ET.SubElement(devices, "controller", {"type": "scsi", "index": "0", "model": "virtio-scsi"})
     taken = {attribute(one, "target", "dev") for one in devices.iterfind("disk")}
     # The last letters first: earlier ones are where a guest's own disks are added.
     name = next(f"{prefix}{letter}" for letter in reversed(_LETTERS[:4]) if f"{prefix}{letter}" not in taken)
     drive = ET.SubElement(devices, "disk", {"type": "file", "device": "cdrom"})
     ET.SubElement(drive, "target", {"dev": name, "bus": bus})
     return drive
+
+
+def _bus(root: ET.Element, devices: ET.Element) -> tuple[str, str]:
+    """The bus and how names of its disks begin. IDE where the machine type has it, also for guests with virtio disks.
+
+    Else virtio-scsi for guests that have disks of virtio's: Debian's kernel for clouds knows no AHCI."""
+    machine = root.find("os/type")
+    kind = "" if machine is None else machine.get("machine", "")
+    if machine is None or machine.get("arch", "x86_64") not in ("x86_64", "i686"):
+        return "scsi", "sd"
+    if kind == "pc" or kind.startswith(("pc-i440fx", "isapc")):
+        return "ide", "hd"
+    return ("scsi", "sd") if _knows_virtio(devices) else ("sata", "sd")
+
+
+def _knows_virtio(devices: ET.Element) -> bool:
+    """Whether its first SCSI controller is virtio's, or, without any, a disk is."""
+    controllers = devices.findall("controller[@type='scsi']")
+    if controllers:
+        first = next((one for one in controllers if one.get("index", "0") == "0"), controllers[0])
+        return first.get("index", "0") == "0" and first.get("model", "").startswith("virtio")
+    return any(attribute(one, "target", "bus") == "virtio" for one in devices.iterfind("disk"))

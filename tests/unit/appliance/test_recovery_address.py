@@ -160,6 +160,8 @@ def test_a_cards_settings():
 DOMAIN = "<domain><name>m</name><os><type arch='{arch}' machine='{machine}'>hvm</type></os><devices>{disks}</devices></domain>"
 EMPTY = "<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>"
 FULL = "<disk type='file' device='cdrom'><source file='/x.iso'/><target dev='sdd' bus='sata'/></disk>"
+VIRTIO = "<disk type='file' device='disk'><source file='/d.raw'/><target dev='vda' bus='virtio'/></disk>"
+SCSI = "<controller type='scsi' index='0' model='{}'/>"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,13 @@ FULL = "<disk type='file' device='cdrom'><source file='/x.iso'/><target dev='sdd
     [
         ("pc-q35-7.2", EMPTY, ("sda", "sata")),
         ("pc-q35-7.2", FULL, ("sdc", "sata")),
+        ("pc-q35-7.2", VIRTIO + EMPTY, ("sda", "sata")),
+        ("pc-q35-7.2", VIRTIO, ("sdd", "scsi")),
+        ("pc-q35-7.2", VIRTIO + FULL, ("sdc", "scsi")),
+        ("pc-q35-7.2", SCSI.format("virtio-scsi"), ("sdd", "scsi")),
+        ("pc-q35-7.2", VIRTIO + SCSI.format("lsilogic"), ("sdd", "sata")),
+        ("pc-q35-7.2", "", ("sdd", "sata")),
+        ("pc-i440fx-7.2", VIRTIO, ("hdd", "ide")),
         ("pc-i440fx-7.2", "", ("hdd", "ide")),
         ("pc", "", ("hdd", "ide")),
     ],
@@ -178,6 +187,8 @@ def test_the_seed_is_in_an_empty_drive_or_in_a_new_one(machine, disks, target):
     assert (drive.find("target").get("dev"), drive.find("target").get("bus")) == target
     assert drive.find("readonly") is not None
     assert target[0] in note
+    controllers = ET.fromstring(definition).findall("devices/controller[@type='scsi']")
+    assert len(controllers) == (target[1] == "scsi" or "scsi" in disks)
 
 
 def test_other_machines_have_scsi():
