@@ -6,7 +6,8 @@ The law of the stream:
 1. Records are sent in the order of their sequences, each once per connection; the cursor is the last one sent.
 2. A MARK stands exactly where the records up to its PUBLISHED end. While one waits, no SYNC frame is placed before it:
    what the reader fetched is newer than the mark.
-3. SYNC frames stand at a cursor that is at or below the PUBLISHED before their read.
+3. SYNC frames stand at a cursor that is at or below the PUBLISHED before their read, and not below the PUBLISHED when
+   their pass began: what was written past the ring before is newer than any record of its block in it.
 4. No mark is planned while a sync runs, dropped blocks are outstanding, or the order is not proven.
 5. `released` is what the receiver acknowledged as durable: released <= cursor <= published.
 """
@@ -247,13 +248,14 @@ class Progress:
 
     def start_sync(self, sync: Sync) -> Sync:
         """Begin a pass, or go on with the one of that id that the receiver has begun; one that it has whole is done at
-        once. Whoever names a pass may use its id again only while its disks stay the same and miss no write.
+        once. Whoever names a pass may use its id again only while its disks stay the same and miss no write. To be
+        called after a look at the ring that is newer than the writes that the pass is about.
 
         Raises WrongPhase while one runs."""
         if self.sync is not None and self.sync.active:
             raise WrongPhase(f"a {self.sync.mode} sync is running already")
         place = self.remote_sync
-        self.sync = sync
+        self.sync, sync.after = sync, self._published
         if sync.id == self._void_sync:
             sync.id += AGAIN
         if place is not None and place.id == sync.id:
@@ -340,7 +342,7 @@ class Progress:
         records, sync = self._records(waiting), self.sync
         if sync is None or waiting is not None or (records is not None and self._turn_of_records):
             return Pending.LIVE if records else None
-        if sync.state is SyncState.BEGINNING or sync.progress_due or sync.at_end():
+        if self._may_begin(sync) or sync.progress_due or sync.at_end():
             return Pending.URGENT
         if sync.state is SyncState.READING and sync.ready:
             return Pending.SYNC
@@ -383,8 +385,11 @@ class Progress:
             upto = min(upto, hold)
         return SendRecords(self.cursor, upto) if upto > self.cursor else None
 
+    def _may_begin(self, sync: Sync) -> bool:
+        return sync.state is SyncState.BEGINNING and self.cursor >= sync.after
+
     def _next_sync(self, sync: Sync) -> Step | None:
-        if sync.state is SyncState.BEGINNING:
+        if self._may_begin(sync):
             sync.state = SyncState.READING
             return SendSyncBegin(sync, self.cursor)
         if sync.progress_due:

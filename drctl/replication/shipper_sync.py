@@ -186,6 +186,7 @@ class SyncJob:
             await self._pass(Sync(identity, real, sizes, _total(sizes, exports)), exports, None)
 
     async def _pass(self, wanted: Sync, exports: dict[int, Export], extents: Extents | None) -> None:
+        self._state.progress.look(self._state.ring.look())
         sync = self._state.progress.start_sync(wanted)
         self._state.wake.set()
         self._state.changed.set()

@@ -1,7 +1,9 @@
 """One pass of the reader as the stream sees it: what is being read, what waits to be sent, how far it is durable.
 
 Pure: knows no I/O and no clock. Race rule: the PUBLISHED before a read (`floor`) holds the shipping cursor until the
-data is in the stream, so what the guest wrote since comes after it and wins.
+data is in the stream, so what the guest wrote since comes after it and wins. And what the ring held when the pass began
+(`after`) comes before all that it reads: a write that passed the ring by, since it was dropped or missed, may be newer
+than a record of its block that is still to be sent.
 
 A range that is *compared* holds nothing: what is equal at the other side needs no place in the stream (the proof is in
 docs/design.md). What differs becomes a *part* of it, a read like any other.
@@ -67,6 +69,8 @@ class Sync:
     state: SyncState = SyncState.BEGINNING
     attempt: int = 1
     resume: SyncPlace = NOWHERE
+    #: PUBLISHED when the pass began: its SYNC_BEGIN, and so all that it reads, stands behind that record.
+    after: int = 0
     reads: deque[Read] = field(default_factory=deque)
     held: list[Read] = field(default_factory=list)
     ready: deque[Read] = field(default_factory=deque)

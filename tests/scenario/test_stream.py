@@ -180,3 +180,33 @@ def test_a_live_stream_stays_true_and_comes_back(actions, capacity):
     found = stream.receiver.checkpoints()
     assert found, told
     assert found[max(found)][1] == stream.disk
+
+
+def test_an_older_record_does_not_win_over_a_dropped_write():
+    """Of a block that has a record in the ring and was then written without one, what is read must come after both."""
+    stream = Stream(6)
+    stream.connect()
+    stream.start_sync()
+    settle(stream)
+    stream.mark()
+    settle(stream)
+    for value in range(1, 7):
+        stream.write({value: value} if value < 6 else {0: 50})
+    assert stream.write({0: 60}) == "dropped"
+    for _ in range(3):
+        stream.send()
+    stream.deliver(10)
+    stream.fsync()
+    stream.hear()
+    assert stream.start_sync() == "dirty sync of [0]"
+    stream.send()
+    stream.read()
+    stream.arrive()
+    for _ in range(3):
+        settle(stream)
+        stream.start_sync()
+    stream.prove_order()
+    stream.mark()
+    settle(stream)
+    found = stream.receiver.checkpoints()
+    assert found[max(found)][1] == stream.disk
