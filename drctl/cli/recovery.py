@@ -99,9 +99,16 @@ def show(context: Context, kind: str, recovery: dict[str, Any], **more: Any) -> 
 def narrator(context: Context, steps: Mapping[str, str] | None = None) -> Progress:
     """Says each step of a recovery as it happens; `steps` has words for those of a command of its own."""
     known = {**_STEPS, **(steps or {})}
+    copied: dict[str, int] = {}
 
     def tell(step: dict[str, Any]) -> None:
-        if step.get("step") in ("waiting", "copy"):  # each piece of a copy: too many lines
+        if step.get("step") == "waiting":
+            return
+        if step.get("step") == "copy":  # told piece by piece
+            disk, tenth = f"{step['machine']}.{step['disk']}", _tenth(step)
+            if tenth > copied.get(disk, 0):
+                copied[disk] = tenth
+                context.screen.say(f"  {disk}: {10 * tenth} % of {render.size(step.get('total_bytes'))} copied")
             return
         if step.get("machine"):
             words = f"{step['machine']}: {_MACHINE_STEPS.get(str(step.get('state')), step.get('state'))}"
@@ -110,3 +117,7 @@ def narrator(context: Context, steps: Mapping[str, str] | None = None) -> Progre
         context.screen.say("  " + words)
 
     return tell
+
+
+def _tenth(step: Mapping[str, Any]) -> int:
+    return 10 * int(step.get("done_bytes") or 0) // max(1, int(step.get("total_bytes") or 0))

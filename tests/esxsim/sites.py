@@ -34,7 +34,7 @@ from tests.esxsim.host import Door, EsxSim
 SOURCE, RECOVERY = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
 
 
-def until(what: Callable[[], Any], timeout: float = 60.0) -> Any:
+def until(what: Callable[[], Any], timeout: float = 100.0) -> Any:
     """The first true value of `what`."""
     end = time.monotonic() + timeout
     while not (value := what()):

@@ -143,8 +143,12 @@ def test_a_disk_is_written_whole_and_thin(sim: EsxSim, tmp_path: Path) -> None:
         ).stdout
     )
     assert (info["format"], info["virtual-size"]) == ("vmdk", IMAGE.size)
-    assert disks.copied(PATH) == told[-1][0]
     assert disks.allocated(PATH) > 0
+    assert disks.grown(PATH) == 0
+    with flat.open("r+b") as file:
+        file.seek(9 * MIB)
+        file.write(b"x" * 8192)
+    assert disks.grown(PATH) == 8192
     before = len(sim.hostd.ran)
     disks.write(PATH, IMAGE, "one", quietly)
     assert len(sim.hostd.ran) == before

@@ -1,1 +1,1 @@
-"""The source role for an ESX host, reached over SSH."""
+"""Both roles for an ESX host, reached over SSH."""

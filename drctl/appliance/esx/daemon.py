@@ -1,4 +1,4 @@
-"""The appliance of an ESX host, which it reaches by SSH: on a machine there, or any other near it. A source only."""
+"""The appliance of an ESX host, which it reaches by SSH: on a machine there, or any other near it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from drctl.appliance.certificate_service import CertificateService
 from drctl.appliance.config import Home
 from drctl.appliance.control import ControlServer, Handler
 from drctl.appliance.esx import address as esx_address
+from drctl.appliance.esx.groups import EsxGroups
 from drctl.appliance.esx.guests import TOLD_SECONDS, EsxGuests
-from drctl.appliance.esx.service import EsxService, status
+from drctl.appliance.esx.recovery_side import RecoverySide
+from drctl.appliance.esx.service import EsxService
 from drctl.appliance.history import History
 from drctl.appliance.info import appliance_info, machine_list
 from drctl.appliance.lease import Leases
 from drctl.appliance.metrics_service import MetricsService
 from drctl.appliance.notify import Notifier
-from drctl.appliance.picture import Pictures, Shown
+from drctl.appliance.picture import Pictures
 from drctl.appliance.process import Processes
-from drctl.appliance.roles import RoleView
+from drctl.appliance.run_service import open_runs
 from drctl.appliance.source.link_service import LinkService
-from drctl.appliance.state_watch import States, StateWatch, group_states
+from drctl.appliance.state_watch import StateWatch
 from drctl.appliance.support import collect
 from drctl.errors import DrctlError
 from drctl.hypervisor.esx.findings import examine, finding
@@ -48,24 +50,27 @@ class EsxAppliance:
         address = esx_address.parse(home.config.uri)
         self._shell = Shell(address.login)
         self._guests = EsxGuests(EsxHost(home.config.host, runner or self._shell), address.domain)
-        self._source = EsxService(home, self._guests, Processes(home.run / "pids", home.logs))
+        processes = Processes(home.run / "pids", home.logs)
+        self._source = EsxService(home, self._guests, processes)
         self._links = LinkService(home, self._source.protections)
-        pictures = Pictures(home.config.site, home.config.host, self._guests, self._shown)
-        sources = RoleView(self._source.names, lambda name: status(self._source.protection({"group": name})))
-        nothing = RoleView(list, lambda _name: {})
-        self._metrics = MetricsService(self._info, sources, nothing, home.config.metrics)
+        self._side = RecoverySide(home, self._guests, processes, address.datastore)
+        self._groups = EsxGroups(home, self._source, self._side)
+        pictures = Pictures(home.config.site, home.config.host, self._guests, self._groups.shown)
+        self._metrics = MetricsService(self._info, self._groups.sources, self._groups.recoveries, home.config.metrics)
         hook = Hook(home.config.notify, home.config.notify_timeout, str(home.path))
-        self._watch = StateWatch(hook, (home.config.site, home.config.host), self._states)
+        self._watch = StateWatch(hook, (home.config.site, home.config.host), self._groups.states)
         history = History(home.path / "history.jsonl", pictures.take_quietly)
         handlers = self._handlers(pictures)
         self._control = ControlServer(home.control, history.watch(Leases(home.store).watch(handlers)))
 
     def serve(self) -> None:
         # Shippers that an appliance before us has started report to this socket.
+        self._side.start()
         self._control.start()
         self._source.start()
         self._metrics.start()
         threading.Thread(target=self._look_ahead, name="look", daemon=True).start()
+        threading.Thread(target=self._attend, name="recoveries", daemon=True).start()
         self._notifier.ready(f"appliance of ESX host {self._home.config.host}, site {self._home.config.site}")
         log.info("appliance of ESX host %s (%s): ready", self._home.config.host, self._home.config.site)
         while not self._stopped.wait(SUPERVISE_SECONDS):
@@ -77,12 +82,21 @@ class EsxAppliance:
         self._notifier.stopping()
         self._metrics.stop()
         self._watch.stop()
+        self._side.close()
         self._source.close()
         self._control.stop()
         self._shell.close()
 
     def stop(self) -> None:
         self._stopped.set()
+
+    def _attend(self) -> None:
+        """The recoveries; apart from the rest, since a look may have to wait for the host."""
+        while not self._stopped.wait(SUPERVISE_SECONDS):
+            try:
+                self._side.supervise()
+            except DrctlError as exc:
+                log.warning("%s", exc.message)
 
     def _look_ahead(self) -> None:
         """So that who asks what the host is like need not wait for it."""
@@ -103,23 +117,21 @@ class EsxAppliance:
             "link.limit": self._links.limit,
             "machine.list": lambda _params, _progress: machine_list(self._guests),
             "group.picture": lambda params, _progress: pictures.take(str(params.get("group"))),
+            **open_runs(self._home).handlers(),
             **self._source.handlers(),
+            **self._side.handlers(),
+            **self._groups.handlers(),
         }
 
     def _info(self) -> dict[str, Any]:
         info = appliance_info(self._home, self._guests)
+        # Nothing of a guest can be asked by SSH; and this machine's memory says nothing of the host's.
+        info["capabilities"] |= dict.fromkeys(("guest-agent", "console", "re-ip"), False)
+        info["memory"] = None
+        info["findings"] += self._side.findings()
         try:
             info["findings"] += examine(self._guests.inventory(TOLD_SECONDS))
             info["findings"] += [finding("info", *each) for each in self._source.remarks()]
         except DrctlError as exc:
             info["findings"] += [finding("error", "host", exc.message, exc.hint)]
         return info
-
-    def _shown(self, group: str) -> Shown:
-        state = self._source.protection({"group": group}).state
-        return Shown("source", state.phase.value, state.generation, state.spec.machines)
-
-    def _states(self) -> States:
-        return group_states(
-            [(one.state.spec.name, one.state.phase.value) for one in self._source.protections()], [], []
-        )

@@ -61,6 +61,11 @@ class EsxGuests:
                 self._seen = (begun, self.host.inventory())
             return self._seen[1]
 
+    def forget(self) -> None:
+        """Something was changed: what was seen before is too old for anybody."""
+        with self._lock:
+            self._seen = None
+
     def find(self, name: str, age: float = FRESH_SECONDS) -> EsxMachine:
         """By its name. Raises NotFound; HypervisorRefused when two have it."""
         every = self.inventory(age).machines

@@ -52,15 +52,10 @@ class EsxService:
 
     def handlers(self) -> dict[str, Handler]:
         return {
-            "group.put": self.group_put,
-            "group.remove": self.group_remove,
-            "group.list": lambda params, _progress: [self._listed(one, params) for one in self.protections()],
-            "group.status": lambda params, _progress: status(self.protection(params)),
             "group.describe": self.group_describe,
             "replicate.start": self.replicate_start,
             "replicate.resume": self.replicate_start,
             "replicate.pause": lambda params, progress: self._leave(params, Desired.PAUSED, progress),
-            "replicate.stop": lambda params, progress: self._leave(params, Desired.STOPPED, progress),
             "checkpoint.create": self.checkpoint_create,
             "handover.undo": self.handover_undo,
             "handover.plan": self.handover_plan,
@@ -92,6 +87,16 @@ class EsxService:
     def names(self) -> list[str]:
         return sorted(self._protections)
 
+    def generation(self, name: str) -> int:
+        return self.protection({"group": name}).state.generation
+
+    def status(self, name: str) -> dict[str, Any]:
+        return status(self.protection({"group": name}))
+
+    def group_list(self, params: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
+        del progress
+        return [self._listed(one, params) for one in self.protections()]
+
     def _listed(self, protection: EsxProtection, params: dict[str, Any]) -> dict[str, Any]:
         state = protection.state
         told = {"status": status(protection)} if params.get("status") else {}
@@ -108,12 +113,6 @@ class EsxService:
     def group_put(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress
         spec = spec_from(dict(params.get("spec") or {}))
-        if self._home.config.site != spec.source:
-            raise Refused(
-                f"{spec.name} is to be recovered on an ESX host, which this version can't",
-                hint="an ESX host is a source; see docs/esx.md",
-                group=spec.name,
-            )
         return {"group": spec.name, "role": "source", "changed": self._put(spec)}
 
     def _put(self, spec: GroupSpec) -> bool:
@@ -177,6 +176,9 @@ class EsxService:
             f"{name} does not replicate after {START_SECONDS:.0f} s: {protection.state.reason}",
             hint=f"it goes on trying; see: drctl status {name}",
         )
+
+    def replicate_stop(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return self._leave(params, Desired.STOPPED, progress)
 
     def _leave(self, params: dict[str, Any], desired: Desired, progress: Progress) -> dict[str, Any]:
         """End the stream, and wait until the snapshots that are not wanted any more are gone."""

@@ -33,12 +33,14 @@ Told = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class CopyNote:
-    """How far the copy of one disk is. `origin` names what it is a copy of; below `done` it is written."""
+    """How far the copy of one disk is. `origin` names what it is a copy of; below `done` it is written. `taken` is what
+    the disk took on its datastore when it was whole, 0 before."""
 
     path: str
     origin: str
     done: int = 0
     copied: int = 0
+    taken: int = 0
 
 
 class CopyNotes(Protocol):
@@ -116,6 +118,7 @@ class ReplicaDisks:
         self._notes.save(note)
         told(note.copied, total)
         self._disks.rename(part, path)
+        self._notes.save(replace(note, taken=self.allocated(path)))
 
     def _begun(self, path: str, source: BlockSource, origin: str) -> CopyNote:
         """The disk beside is there; how far it is."""
@@ -136,10 +139,10 @@ class ReplicaDisks:
             raise UnsupportedFormat(f"{path}: a new disk is {disk.kind} there, and can't be written by SSH")
         return posixpath.join(posixpath.dirname(path), disk.pieces[0].file)
 
-    def copied(self, path: str) -> int:
-        """Bytes that were written of a disk when it was made."""
+    def grown(self, path: str) -> int:
+        """Bytes that a disk takes more than when it was made."""
         note = self._notes.load(path)
-        return note.copied if note is not None else 0
+        return max(0, self.allocated(path) - (note.taken or note.copied)) if note is not None else 0
 
     def allocated(self, path: str) -> int:
         """Bytes that a disk takes on its datastore; 0 when it is not there."""
