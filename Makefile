@@ -23,7 +23,8 @@ check: setup ## format, lint, types, import rules
 test: setup ## the fast tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-long: setup ## the long tests: fault injection, kill loops
+test-long: ## the long tests: fault injection, kill loops
+	@./setup.sh --long "$(VENV)"
 	$(BIN)/python -m pytest -q -m long --timeout 7200
 
 demo: setup ## the main job on two real libvirt sites, from nothing to a failover

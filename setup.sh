@@ -2,8 +2,8 @@
 # Installs what drctl's lab, demo and tests need and this machine lacks: Debian packages, then a virtual environment.
 # Prints the list first, installs nothing else, starts no service. Done again, it does nothing.
 #
-#   setup.sh [VENV]     set up; VENV as --where says without it
-#   setup.sh --where    print where the virtual environment belongs
+#   setup.sh [--long] [VENV]   set up; VENV as --where says without it. --long: also what only long tests need
+#   setup.sh --where           print where the virtual environment belongs
 #
 # Exit codes: 0 done, 43 this machine can't run drctl (the reason is printed).
 set -euo pipefail
@@ -14,6 +14,8 @@ packages=(qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon libvirt-dae
           libvirt-dev pkg-config gcc libc6-dev python3-dev python3-venv fio nbdkit libnbd-bin busybox-static
           syslinux syslinux-common mtools dosfstools e2fsprogs fdisk openssh-server
           libglib2.0-0 libnuma1 liburing2 libudev1)
+# UEFI firmware and TPMs for guests, a network with DHCP: without them these long tests are skipped.
+long_packages=(ovmf swtpm swtpm-tools tpm2-tools dnsmasq-base iproute2)
 # Ubuntu 24.04 renamed it with the change to 64-bit time.
 renamed=([0]=libglib2.0-0:libglib2.0-0t64)
 
@@ -131,6 +133,10 @@ make_environment() {
 if [[ ${1:-} = --where ]]; then
     where
     exit
+fi
+if [[ ${1:-} = --long ]]; then
+    packages+=("${long_packages[@]}")
+    shift
 fi
 command -v apt-get >/dev/null || refuse "this is no Debian or Ubuntu; install what README.md lists by hand"
 mapfile -t missing < <(missing_packages)
