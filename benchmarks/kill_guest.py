@@ -181,7 +181,7 @@ def protected(**options: Any) -> Iterator[FaultRig]:
 
 
 def run_guest(kills: int, tally: Tally, *, bus: str = "virtio", iothread: bool = False) -> Tally:
-    """So many kills that count, then the judge; or the refusal to protect such guests, noted in the tally."""
+    """So many kills that count, or until SIGTERM, then the judge; or the refusal to protect such guests, in the tally."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return _run(kills, tally, bus=bus, iothread=iothread)
@@ -192,12 +192,25 @@ def run_guest(kills: int, tally: Tally, *, bus: str = "virtio", iothread: bool =
         return tally
 
 
+class Enough(Exception):
+    """Somebody wants it to end: what was killed so far is judged and told. A second time ends it at once."""
+
+
+def _enough(*_: object) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    raise Enough
+
+
 def _run(kills: int, tally: Tally, **options: Any) -> Tally:
     with protected(guests=2, chains=CHAINS, slots=512, rate=RATE, **options) as faults:
         begun = time.time_ns()
         bench = GuestBench(faults, tally)
-        bench.in_sync("first sync", 6)
-        bench.rounds(kills)
+        signal.signal(signal.SIGTERM, _enough)
+        try:
+            bench.in_sync("first sync", 6)
+            bench.rounds(kills)
+        except Enough:
+            tally.more["ended_early"] = True
         seconds = (time.time_ns() - begun) / 1e9
         logs = faults.rig.observer.logs("alpha")
         written = sum(sum(log.numbers[-1]) for log in logs.values())
