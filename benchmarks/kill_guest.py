@@ -181,7 +181,7 @@ def protected(**options: Any) -> Iterator[FaultRig]:
 
 
 def run_guest(kills: int, tally: Tally, *, bus: str = "virtio", iothread: bool = False) -> Tally:
-    """So many kills that count, or until SIGTERM, then the judge; or the refusal to protect such guests, in the tally."""
+    """So many kills that count, or until SIGTERM, then the judge; or the refusal to protect them, in the tally."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return _run(kills, tally, bus=bus, iothread=iothread)
