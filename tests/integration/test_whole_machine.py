@@ -19,10 +19,10 @@ from drctl.lab import user
 from tests.integration import uefi_rig
 from tests.integration.uefi_rig import SECRET
 
-pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(3600)]
 NAME, GROUP = "uefi-1", "uefi"
 #: OVMF, the kernel and five calls of tpm2 under TCG.
-UP = 420.0
+UP = 900.0
 PROOF = f"entry=custom current=060000009900 secret=[{SECRET}] nv=[sentinel] seed=[#cloud-config seed 7]"
 #: After the guest was shut down in order: its last act is to write to its TPM.
 PARTED = PROOF.replace("sentinel", "farewell")
@@ -37,7 +37,7 @@ class Sites:
 
     def drctl(self, *arguments, code=0):
         command = [sys.executable, "-m", "drctl.cli", "--config", str(self.rig.directory), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
@@ -176,3 +176,16 @@ def test_a_failover_does_too(sites):
     sites.drctl("failover", GROUP, "--source-is-down", "pulled its plug", "--confirm", GROUP, "--yes")
     assert proof(sites.await_line(sites.serial, "DRCTL up", before)) == [PARTED]
     assert sites.rig.state("beta", NAME) == "running"
+
+
+def test_a_failback_brings_it_home(sites):
+    """The way back is made of the same parts; the old machine at home, its variables and its TPM make room."""
+    sites.drctl("commit", GROUP, "--yes")
+    before = len(sites.serial())
+    sites.drctl("failback", GROUP, "--go-home", "--yes")
+    assert proof(sites.await_line(sites.serial, "DRCTL up", before)) == [PARTED]
+    assert sites.rig.state("alpha", NAME) == "running"
+    assert sites.rig.state("beta", NAME) in ("", "shut off")
+    uuid = sites.rig.virsh("alpha", "domuuid", NAME).strip()
+    assert (sites.alpha.config / "libvirt" / "qemu" / "swtpm" / uuid).exists()
+    sites.await_live()
