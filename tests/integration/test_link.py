@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from drctl.model.extent import KiB
 from drctl.model.group import Retention
 from drctl.store.group_store import GroupStore
 from drctl.wire.ring import Word
@@ -224,6 +225,27 @@ def test_a_full_ring_is_made_good(make_rig):
     assert rig.view(before["number"]) == rig.guest.prefix(before["sequence"])
     assert rig.status()["ring"]["dirty_bytes"] == 0
     rig.check_all()
+
+
+@pytest.mark.long
+def test_what_waits_in_the_ring_does_not_win_over_dropped_writes(make_rig):
+    """The ring holds old records of blocks that were then dropped, and the link is so slow that they wait still when
+    the dropped blocks are read."""
+    rig = make_rig(ring_bytes=96 * MiB, latency=0.004)
+    rig.serve_disks()
+    rig.start_receiver()
+    rig.start_shipper()
+    rig.sync("initial")
+    rig.relay.cut()
+    dice, writes = random.Random(7), 0
+    while not rig.guest.ring.words[Word.DROPPED] or writes % 300:
+        rig.guest.write(1, dice.randrange(64) * 64 * KiB, dice.randbytes(64 * KiB))
+        writes += 1
+    rig.relay.mend()
+    until(lambda: rig.status()["needs"] == "dirty" and not rig.status()["ring"]["dropping"], 60)
+    rig.sync("dirty", 60)
+    told = rig.mark()
+    assert rig.view(told["number"])[1] == rig.guest.disk(1)
 
 
 def test_a_shipper_killed_with_dropped_blocks_loses_none(make_rig):
