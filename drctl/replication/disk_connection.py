@@ -14,6 +14,7 @@ import msgspec
 
 from drctl.errors import ApplianceUnreachable, DrctlError, HypervisorRefused
 from drctl.model.extent import Extent, MiB
+from drctl.replication.tasks import TaskGroup
 from drctl.wire.nbd_client import Failed, NbdClient, ReadDone, Ready, StatusDone
 
 #: The shortest hole worth asking again for.
@@ -198,7 +199,7 @@ async def connected(export: Export) -> AsyncIterator[tuple[DiskConnection, async
     connection = await DiskConnection.open(export)
     runner = asyncio.ensure_future(connection.run())
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with TaskGroup() as tasks:
             yield connection, tasks
     except BaseExceptionGroup as failures:
         raise _first(failures) from failures

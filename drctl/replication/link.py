@@ -16,6 +16,7 @@ from typing import cast
 from drctl.errors import ApplianceUnreachable, CertificateRejected, DrctlError, ProtocolViolation, SetupFailed
 from drctl.replication import identity
 from drctl.replication.identity import Peer
+from drctl.replication.tasks import TaskGroup
 from drctl.wire.link import Message, Role, Session
 
 HANDSHAKE_TIMEOUT = 10.0
@@ -288,7 +289,7 @@ class Listener:
         assert self._sock is not None
         loop = asyncio.get_running_loop()
         with self._sock as sock:
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 while True:
                     await self._make_room()
                     try:

@@ -24,6 +24,7 @@ from drctl.replication.group_writer import GroupWriter, open_writer
 from drctl.replication.link import Connection, Listener
 from drctl.replication.maintenance_child import MaintenanceChild
 from drctl.replication.receiver_session import ReceiverSession, hear_hello, refuse
+from drctl.replication.tasks import TaskGroup
 
 #: How often it is looked whether data flows.
 REST_EVERY = 1.0
@@ -81,7 +82,7 @@ class Receiver:
             loop.add_signal_handler(number, self._stopping.set)
         server = await control.serve(Path(self._config.control), self._handlers())
         log.info("listening on port %d", self.listener.port)
-        async with asyncio.TaskGroup() as tasks:
+        async with TaskGroup() as tasks:
             running = [tasks.create_task(self.listener.run()), tasks.create_task(self._rest())]
             if self._config.maintenance:
                 running.append(tasks.create_task(self._maintenance.run()))

@@ -14,6 +14,7 @@ from drctl.errors import DrctlError, NotFound, OutOfSpace, ProtocolViolation, Re
 from drctl.model.extent import MiB
 from drctl.replication.group_writer import SHARED_FSYNC, GroupWriter, StreamToken
 from drctl.replication.link import Connection
+from drctl.replication.tasks import TaskGroup
 from drctl.wire import link as wire
 from drctl.wire.signature import Compare, Digests
 
@@ -66,7 +67,7 @@ class ReceiverSession:
 
     async def _both(self) -> None:
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 tasks.create_task(self._hear())
                 tasks.create_task(self._store())
                 tasks.create_task(self._compare())

@@ -39,6 +39,7 @@ from drctl.replication.shipper_marks import MarkCutter, Witness
 from drctl.replication.shipper_state import Definition, LinkState, ShipperState, status
 from drctl.replication.shipper_stream import StreamSender
 from drctl.replication.shipper_sync import VERIFY, SyncJob
+from drctl.replication.tasks import TaskGroup
 from drctl.replication.throttle import Throttle
 from drctl.replication.verification import Order
 
@@ -86,7 +87,7 @@ class Shipper:
             loop.add_signal_handler(number, self._stopping.set)
         self.state.ring.attach(self.state.wake)
         server = await control.serve(Path(self.state.config.control), self._handlers())
-        async with asyncio.TaskGroup() as tasks:
+        async with TaskGroup() as tasks:
             parts = [self._keep_link(), self._beat(), self.state.overflow.run()]
             if self.state.config.clock:
                 parts.append(self._cutter.run())

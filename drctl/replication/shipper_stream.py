@@ -31,6 +31,7 @@ from drctl.replication.progress import (
     Step,
 )
 from drctl.replication.shipper_state import ShipperState
+from drctl.replication.tasks import TaskGroup
 from drctl.store.ring_reader import Batch
 from drctl.wire import link as wire
 from drctl.wire.frame import FrameKind, Parts
@@ -74,7 +75,7 @@ class StreamSender:
         stands()
         self._state.exchange.open(self._connection, self._signature_key)
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 for part in (self._produce(), self._write(), self._hear(), self._ping()):
                     tasks.create_task(part)
         except BaseExceptionGroup as failures:
