@@ -15,6 +15,8 @@ from tests.esxsim import formats
 from tests.esxsim.state import Vm
 
 HERE = Path(__file__).parent
+#: VMware's SCSI controllers → QEMU's; of the two that it lacks the nearest.
+CONTROLLERS = {"pvscsi": "pvscsi", "lsisas1068": "mptsas1068", "lsilogic": "lsi53c895a", "buslogic": "lsi53c895a"}
 PROGRAMS = ("qemu-system-x86_64", "qemu-img", "as", "ld")
 
 
@@ -32,6 +34,17 @@ def boot_sector() -> bytes:
         return (made / "b").read_bytes()[:512]
 
 
+def controller(vm: Vm) -> list[str]:
+    """QEMU's devices for the machine's disk, at the controller that its .vmx names; SeaBIOS boots from each of them."""
+    name = next(iter(vm.disks())).partition(":")[0]
+    if name.startswith("ide"):
+        return ["-device", "ide-hd,drive=d"]
+    if name.startswith("sata"):
+        return ["-device", "ahci,id=c", "-device", "ide-hd,drive=d,bus=c.0"]
+    kind = CONTROLLERS[vm.config.get(f"{name}.virtualdev", "lsilogic").lower()]
+    return ["-device", f"{kind},id=c", "-device", "scsi-hd,drive=d,bus=c.0"]
+
+
 class Guest:
     """A running machine with one disk."""
 
@@ -45,7 +58,7 @@ class Guest:
         argv = ["qemu-system-x86_64", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-vga", "none"]
         argv += ["-serial", f"file:{self.serial}", "-qmp", f"unix:{self._place}/qmp,server=on,wait=off"]
         argv += ["-drive", f"if=none,id=d,file={self._overlay()},format=qcow2,file.locking=off"]
-        self._process = subprocess.Popen([*argv, "-device", "ide-hd,drive=d"], stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen([*argv, *controller(vm)], stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         self._qmp = socket.socket(socket.AF_UNIX)
         while self._qmp.connect_ex(f"{self._place}/qmp"):

@@ -80,3 +80,21 @@ def test_it_boots_from_a_chain(world: World) -> None:
     assert world.sim.run("vim-cmd", "vmsvc/power.off", "1")[0] == 0
     assert world.sim.run("vim-cmd", "vmsvc/power.on", "1")[0] == 0
     wait(lambda: dots(world) >= 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("device", "kind"), [("sata0:0", ""), ("ide0:0", ""), ("scsi0:0", "lsisas1068")])
+def test_it_boots_at_the_controller_that_its_definition_names(device: str, kind: str) -> None:
+    sim = host.EsxSim()
+    try:
+        vm = sim.add_vm("web", (MIB,))
+        sim.write(vm, 0, guest.boot_sector().ljust(MIB, b"\0"))
+        for key in ("present", "filename"):
+            vm.config[f"{device}.{key}"] = vm.config.pop(f"scsi0:0.{key}")
+        vm.config["scsi0.virtualdev"] = kind
+        sim.hostd.boots = True
+        assert sim.run("vim-cmd", "vmsvc/power.on", "1")[0] == 0
+        serial = sim.hostd.guests[1].serial
+        wait(lambda: serial.exists() and serial.read_bytes().count(b".") >= 3)
+    finally:
+        sim.close()
