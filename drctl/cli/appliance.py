@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +24,7 @@ from drctl.model.site import Host, HostKind
 if TYPE_CHECKING:  # the installer and paramiko take long to import; `list` and `run` need neither
     from drctl.appliance.install.bundle import Bundle
     from drctl.appliance.install.campaign import Progress, Target
+    from drctl.appliance.install.roster import Roster
 
 app = noun("The replication service of a host.")
 
@@ -103,6 +104,36 @@ def bundle(
     context.screen.line(f"{directory}: {_describe(made)}")
 
 
+@app.command(epilog=examples("sudo drctl appliance build image", "sudo drctl appliance build image --bundle wheels"))
+def build(
+    ctx: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; an image there is replaced.")],
+    bundle: BundleDir = None,
+    wheels: WheelDir = None,
+    mirror: Annotated[str, typer.Option("--mirror", metavar="URL", help="Debian's packages.")] = "",
+    security: Annotated[str, typer.Option("--security-mirror", metavar="URL", help="Debian's security updates.")] = "",
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> None:
+    """Build the image of a machine that ESX hosts' appliances are installed on: Debian, with drctl inside.
+
+    Needs root, mmdebstrap, e2fsprogs, qemu-utils and the network. Nobody has a password in it. The same packages
+    and the same drctl make the same bytes; with a mirror of snapshot.debian.org also much later."""
+    from drctl.appliance.install.image import MIRROR, SECURITY, Source, build_image
+
+    context = ctx.obj
+    assert isinstance(context, Context)
+    epoch = context.settings.environment.get("SOURCE_DATE_EPOCH", "")
+    source = Source(mirror or MIRROR, security or SECURITY, *([int(epoch)] if epoch.isdigit() else []))
+    steps = [f"build an appliance's image in {directory}, of packages from {source.mirror}"]
+    if not propose(context.screen, steps, dry_run=dry_run, yes=yes):
+        return
+    with _bundle(bundle, wheels) as made:
+        image = build_image(directory, made, source, context.screen.say)
+    size = format_bytes(image.vmdk.stat().st_size)
+    context.screen.line(f"{directory}: {image.identity} on Debian {image.suite}, {size} to send, sha256 {image.sha256}")
+
+
 @app.command(epilog=examples("drctl appliance install alpha1", "drctl appliance install --site alpha --yes"))
 def install(
     ctx: typer.Context,
@@ -115,8 +146,9 @@ def install(
 ) -> int:
     """Install appliances over SSH, on all named hosts at once: user, program, identity, service.
 
-    All hosts are looked at before any is changed. Given again it goes on after a break, and changes nothing when all
-    is as it should be. The hosts need no network but SSH. The CA's key (ca/ beside drctl.toml) must be here."""
+    On an ESX host a machine is made first, of an image (drctl appliance build). All hosts are looked at before any is
+    changed. Given again it goes on after a break, and changes nothing when all is as it should be. The hosts need no
+    network but SSH. The CA's key (ca/ beside drctl.toml) must be here."""
     return _roll_out(begin(ctx), (host, site), (bundle, wheels), upgrade=False, dry_run=dry_run, yes=yes)
 
 
@@ -157,7 +189,7 @@ def uninstall(
 
     del yes
     context = begin(ctx)
-    [target] = _targets(context, [context.config.host(host)])
+    [target] = _targets(context, [context.config.host(host)], _roster(context))
     preflight.demand(campaign.survey([target], None))
     held = campaign.held_by(target)
     demand_empty(host, held, delete_history=delete_history)
@@ -182,12 +214,9 @@ def _roll_out(
     yes: bool,
 ) -> int:
     from drctl.appliance.install import campaign, preflight
-    from drctl.appliance.install.roster import Roster
 
-    if context.config.directory is None:
-        raise PreconditionFailed("there is no drctl.toml", hint="drctl init writes one; or name it: --config DIR")
-    roster = Roster(context.config.directory / "ca")
-    targets = _targets(context, _chosen(context, *named))
+    roster = _roster(context)
+    targets = _targets(context, _chosen(context, *named), roster)
     with _bundle(*sources) as made:
         findings = campaign.survey(targets, made)
         for finding in findings:
@@ -208,10 +237,23 @@ def _roll_out(
     return 0
 
 
+def _roster(context: Context) -> Roster:
+    from drctl.appliance.install.roster import Roster
+
+    if context.config.directory is None:
+        raise PreconditionFailed("there is no drctl.toml", hint="drctl init writes one; or name it: --config DIR")
+    return Roster(context.config.directory / "ca")
+
+
 def _step(verb: str, target: Target, made: Bundle) -> str:
     place = f"{target.host.name} ({target.host.login})"
     if target.version and (verb == "install" or target.version == made.identity):
         return f"look whether all of {target.version} is as it should be on {place}, and make it so"
+    if target.esx is not None and target.facts is None:
+        machine = target.esx.vm.name
+        return (
+            f"make the machine {machine} on {target.host.name} ({target.host.login}), then {verb} {made.identity} on it"
+        )
     instead = f" instead of {target.version}" if target.version else ""
     return f"{verb} {made.identity} on {place}{instead}, {format_bytes(made.size)} to send"
 
@@ -234,15 +276,20 @@ def _note(context: Context, targets: Sequence[Target], verb: str) -> None:
                 context.call(target.host, "appliance.note", timeout=5.0, what=verb, changes=target.outcome.changes)
 
 
-def _targets(context: Context, hosts: Sequence[Host]) -> list[Target]:
-    from drctl.appliance.install.campaign import Target
+def _targets(context: Context, hosts: Sequence[Host], roster: Roster) -> list[Target]:
+    from drctl.appliance.install.campaign import EsxTarget, Target, esx_target
+    from drctl.appliance.install.image import load_image
+
+    def esx(host: Host) -> EsxTarget | None:
+        if host.kind is not HostKind.ESX:
+            return None
+        directory = Path(host.machine.image) if host.machine else Path()
+        return esx_target(host, context.shell(host), roster, cache(partial(load_image, directory)))
 
     def answers(host: Host) -> str:
         return str(context.call(host, "appliance.info", timeout=5.0).get("version"))
 
-    if esx := next((host for host in hosts if host.kind is HostKind.ESX), None):
-        raise Refused(f"{esx.name} is an ESX host: no appliance can be had there yet", hint="see docs/esx.md")
-    targets = [Target(host, context.shell(host), partial(answers, host)) for host in hosts]
+    targets = [Target(host, context.appliance_shell(host), partial(answers, host), esx(host)) for host in hosts]
     for target in targets:
         _ = target.place  # what drctl.toml lacks is told before any host is asked
     return targets
@@ -252,7 +299,7 @@ def _chosen(context: Context, names: list[str] | None, site: str) -> list[Host]:
     if bool(names) == bool(site):
         raise Refused("name hosts, or a site", hint="drctl appliance install HOST, or --site SITE")
     if site:
-        return [host for host in context.config.site(site).hosts if host.kind is not HostKind.ESX]
+        return [host for host in context.config.site(site).hosts if host.kind is not HostKind.ESX or host.machine]
     return [context.config.host(name) for name in dict.fromkeys(names or ())]
 
 

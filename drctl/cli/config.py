@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from drctl.cli.limit_file import LinkLimit, read_link_limits
@@ -14,7 +14,7 @@ from drctl.model.bandwidth import RateLimit
 from drctl.model.extent import GiB, MiB, format_bytes
 from drctl.model.group import Retention
 from drctl.model.hook import TIME_LIMIT, Hook
-from drctl.model.site import PREFIX, Host, HostKind, Login, Site
+from drctl.model.site import PREFIX, ApplianceMachine, Host, HostKind, Login, Site
 from drctl.toml.table import Table, read_toml
 
 FILE = "drctl.toml"
@@ -182,6 +182,8 @@ def _host(table: Table, sites: list[str], directory: Path) -> Host:
         served=kind is not HostKind.ESX or bool(appliance),
         appliance=None if appliance in ("", HERE) else _login(table, directory, "appliance"),
     )
+    if kind is HostKind.ESX and "machine" in table:
+        host = replace(host, machine=_machine(table, directory, host.appliance))
     table.finish()
     if kind is HostKind.ESX and host.login is None:
         raise table.error("ssh", "is missing: an ESX host is reached over SSH alone", hint='write ssh = "root@esx1"')
@@ -189,6 +191,30 @@ def _host(table: Table, sites: list[str], directory: Path) -> Host:
         hint = 'write control = "unix:/run/drctl/control.sock"; over SSH it is a path there, with ssh = "root@HOST"'
         raise table.error("control", f"{host.control!r} is not unix:PATH with an absolute path", hint=hint)
     return host
+
+
+def _machine(above: Table, directory: Path, appliance: Login | None) -> ApplianceMachine:
+    """`[host.machine]`: the machine that an ESX host's appliance is installed on. Raises ConfigInvalid."""
+    if appliance is None or not appliance.identity or not appliance.known_hosts:
+        hint = 'write appliance = "root@ADDRESS", appliance_identity = "FILE" and appliance_known_hosts = "known_hosts"'
+        raise above.error(
+            "machine", "can't be reached: it needs an address, a key, and a file for its own key", hint=hint
+        )
+    table = above.table("machine")
+    machine = ApplianceMachine(
+        image=_file(table.text("image", "image"), directory),
+        datastore=table.text("datastore"),
+        network=table.text("network", "VM Network"),
+        authorized_key=_file(table.text("authorized_key", f"{appliance.identity}.pub"), directory),
+        address=table.text("address", "", pattern=r"[0-9a-fA-F.:]+/\d{1,3}", example="192.0.2.20/24"),
+        gateway=table.text("gateway", "", pattern=r"[0-9a-fA-F.:]+", example="192.0.2.1"),
+        nameservers=table.strings("nameservers", ()),
+        memory=table.size("memory", 2 * GiB, minimum=GiB),
+        vcpus=table.integer("vcpus", 2, minimum=1),
+        disk=table.size("disk", 32 * GiB, minimum=4 * GiB),
+    )
+    table.finish()
+    return machine
 
 
 #: [USER@]HOST[:PORT]; an IPv6 address stands in brackets.

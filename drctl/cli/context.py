@@ -149,6 +149,10 @@ class Context:
             raise ConfigInvalid(file, 0, "ssh", f"host {host.name!r} has no ssh", hint=hint)
         return self._shell(host.login)
 
+    def appliance_shell(self, host: Host) -> Shell:
+        """Where the host's appliance is, by SSH. Raises ConfigInvalid."""
+        return self._shell(host.control_login) if host.control_login else self.shell(host)
+
     def _shell(self, login: Login) -> Shell:
         from drctl.hypervisor.shell import Shell
 

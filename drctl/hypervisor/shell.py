@@ -88,6 +88,11 @@ class Shell:
             except (OSError, paramiko.SSHException) as exc:
                 raise self._lost(exc) from exc
 
+    def host_key(self) -> tuple[str, str]:
+        """The kind and the base64 of the key that the host has proven to have; it is in known_hosts."""
+        key = self._connected(None).get_remote_server_key()
+        return key.get_name(), key.get_base64()
+
     def close(self) -> None:
         with self._lock:
             if self._client is not None:

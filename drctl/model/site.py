@@ -33,6 +33,25 @@ class Login:
 
 
 @dataclass(frozen=True, slots=True)
+class ApplianceMachine:
+    """The machine that `drctl appliance install` makes for an ESX host's appliance. Sizes in bytes.
+
+    `image` is a directory of `drctl appliance build`, `network` a port group; `address` is ADDRESS/PREFIX, or empty for
+    DHCP; `authorized_key` a file with the operator's public key."""
+
+    image: str
+    datastore: str
+    network: str
+    authorized_key: str
+    address: str = ""
+    gateway: str = ""
+    nameservers: tuple[str, ...] = ()
+    memory: int = 2 << 30
+    vcpus: int = 2
+    disk: int = 32 << 30
+
+
+@dataclass(frozen=True, slots=True)
 class Host:
     """A hypervisor. `control` is the appliance's control address, `unix:PATH` on the machine that `login` reaches
     (None: on this one).
@@ -41,7 +60,7 @@ class Host:
     `fence` is a command that makes sure that it can't run guests, `fence_timeout` its limit in seconds.
 
     An ESX host's `login` is its own, and its appliance runs elsewhere: where it is `served`, on the machine that
-    `appliance` reaches (None: on this one)."""
+    `appliance` reaches (None: on this one). `machine` is what that is, where drctl makes it."""
 
     name: str
     site: str
@@ -55,6 +74,7 @@ class Host:
     fence_timeout: float = 60.0
     served: bool = True
     appliance: Login | None = None
+    machine: ApplianceMachine | None = None
 
     @property
     def control_login(self) -> Login | None:

@@ -26,7 +26,7 @@ READING = {
 CHANGING = {
     "init", "apply", "group create", "group delete", "replicate start", "replicate pause", "replicate resume",
     "replicate stop", "resync", "checkpoint create", "checkpoint tag", "checkpoint bisect", "test start", "test stop", "failover", "switchover", "commit",
-    "rollback", "failback", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "certificate renew", "certificate seal", "certificate unseal", "plan run", "run resume", "lab up", "lab down",
+    "rollback", "failback", "appliance build", "appliance install", "appliance upgrade", "appliance uninstall", "appliance bundle", "certificate renew", "certificate seal", "certificate unseal", "plan run", "run resume", "lab up", "lab down",
     "host evacuate", "host return", "link limit set", "link limit clear", "checkpoint export", "restore disk", "restore files",
 }  # fmt: skip
 #: For other programs: a service, a monitoring plugin and a scraper know no --output.

@@ -282,6 +282,10 @@ class EsxSim:
         shutil.copy(place / "id.pub", self.share / "authorized_keys")
         with (self.share / "authorized_keys").open("a") as file:
             file.write((place / "ed25519.pub").read_text())
+        # One file by two names: what is let in or out in the host's root is so for its sshd.
+        keys = self.root / "etc/ssh/keys-root"
+        keys.mkdir(parents=True)
+        os.link(self.share / "authorized_keys", keys / "authorized_keys")
         (self.share / "issue").write_text("This is a simulated host.\n")
         (self.share / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {(place / 'host.pub').read_text()}")
         config = CONFIG.format(port=self.port, keys=place, share=self.share, root=self.root)

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import re
+import subprocess
 from pathlib import Path
 
 from tests.esxsim import formats
@@ -108,6 +109,9 @@ def _flat(path: Path, size: int, kind: str) -> None:
 def clone(call: Call, options: dict[str, str], rest: list[str]) -> None:
     """Flattens the chain. What is frozen can be cloned while the machine runs; what is written can't."""
     host = call.host
+    if _is_hosted(host.real(options["i"], call.cwd)):
+        _import(call, options, rest)
+        return
     source = _disk(call, options["i"])
     kind = options.get("d", "zeroedthick")
     if "a" in options:
@@ -128,6 +132,27 @@ def clone(call: Call, options: dict[str, str], rest: list[str]) -> None:
         _copy(call, stack, formats.extent(target), size, host.free(store), kind)
     finally:
         host.cloning -= {layer.path for layer in stack}
+    call.out("\rClone: 100% done.\n")
+
+
+def _is_hosted(path: Path) -> bool:
+    """What hosted products write into one file: sparse, or compressed as a stream."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"KDMV"
+
+
+def _import(call: Call, options: dict[str, str], rest: list[str]) -> None:
+    """Such a disk as one of this host (facts 6, what ESXi accepts); qemu-img reads it."""
+    source, target = call.host.real(options["i"], call.cwd), _free(call, rest[0])
+    call.out(f"Destination disk format: {NAMES[options.get('d', 'zeroedthick')]}\nCloning disk '{options['i']}'...\n")
+    flat = target.with_name(f"{target.stem}-flat.vmdk")
+    argv = ["qemu-img", "convert", "-f", "vmdk", "-O", "raw", str(source), str(flat)]
+    if subprocess.run(argv, capture_output=True, check=False).returncode:
+        flat.unlink(missing_ok=True)
+        raise Failed(f"Failed to open '{options['i']}': The file specified is not a virtual disk (15).")
+    target.write_text(formats.descriptor("vmfs", flat.stat().st_size // 512, flat.name, thin=True))
     call.out("\rClone: 100% done.\n")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drctl.appliance.install.bundle import Bundle
+from drctl.appliance.install.esx_access import EsxAccess
 from drctl.appliance.install.preflight import Facts, Place
 from drctl.appliance.install.roster import Roster
 from drctl.appliance.install.session import Remote, run_program
@@ -57,6 +58,8 @@ class Wanted:
     roster: Roster
     answers: Callable[[], str]
     """The version that the appliance tells; raises DrctlError while it does not answer."""
+    access: EsxAccess | None = None
+    """How the appliance of an ESX host enters that."""
 
 
 @dataclass(slots=True)
@@ -94,6 +97,7 @@ class Installation:
             ("wheels", self._wheels),
             ("environment", self._environment),
             ("identity", self._identity),
+            *([("access to the ESX host", self._access)] if self._wanted.access else []),
             ("configuration", self._configuration),
             ("policy", self._policy),
             ("service", self._service),
@@ -176,6 +180,11 @@ class Installation:
         python = [f"{self._version}/bin/python", "-I", "-m", "drctl.appliance.install.enroll"]
         argv = [*python, part, f"{self._place.home}/tls", self._wanted.own.uuid]
         return self._program(argv, user=USER, stdin=stdin)
+
+    def _access(self) -> None:
+        assert self._wanted.access
+        if self._wanted.access.grant(self._remote, self._place.home, USER):
+            self._changed("access to the ESX host")
 
     def _configuration(self) -> None:
         wanted, home = self._wanted, self._place.home

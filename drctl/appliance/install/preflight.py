@@ -106,9 +106,10 @@ def parse(text: str) -> Facts:
     return Facts(values, tuple(pythons), space)
 
 
-def judge(host: str, facts: Facts, place: Place, bundle: Bundle) -> list[Finding]:
-    """All that stands in the way, and what is worth saying."""
-    found = [*_privilege(host, facts), *_programs(host, facts, bundle), *_space(host, facts, place, bundle)]
+def judge(host: str, facts: Facts, place: Place, bundle: Bundle, *, hypervisor: bool = True) -> list[Finding]:
+    """All that stands in the way, and what is worth saying. Without `hypervisor` it need be none itself."""
+    found = [*_privilege(host, facts), *_python(host, facts, bundle), *_programs(host, facts, hypervisor)]
+    found += _space(host, facts, place, bundle)
     if facts["listening"] and facts["active"] != "active":
         hint = "another link in drctl.toml, or end what listens there"
         found.append(Finding(host, f"port {place.port} is taken", hint, PreconditionFailed))
@@ -122,12 +123,14 @@ def _privilege(host: str, facts: Facts) -> Iterable[Finding]:
         yield Finding(host, f"the login may not become root: {reason}", hint, PrivilegeMissing)
 
 
-def _programs(host: str, facts: Facts, bundle: Bundle) -> Iterable[Finding]:
-    yield from _python(host, facts, bundle)
-    for name, title, oldest, hint in (
-        ("libvirt", "libvirt", OLDEST_LIBVIRT, "apt install libvirt-daemon-system"),
-        ("qemu", "QEMU", OLDEST_QEMU, "apt install qemu-system-x86 qemu-block-extra"),
-    ):
+_HYPERVISOR = (
+    ("libvirt", "libvirt", OLDEST_LIBVIRT, "apt install libvirt-daemon-system"),
+    ("qemu", "QEMU", OLDEST_QEMU, "apt install qemu-system-x86 qemu-block-extra"),
+)
+
+
+def _programs(host: str, facts: Facts, hypervisor: bool) -> Iterable[Finding]:
+    for name, title, oldest, hint in _HYPERVISOR if hypervisor else ():
         needed = ".".join(map(str, oldest))
         if not facts[name]:
             yield Finding(host, f"there is no {title}", f"install {needed} or newer: {hint}", HostUnfit)
