@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.fault_rig import FaultRig, protect
 
-pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(3600)]
 MIB = 2**20
 
 
@@ -40,10 +40,11 @@ def run_over(faults: FaultRig) -> None:
 
 def all_there(faults: FaultRig, before: int, since: float) -> int:
     """Every mark that was cut meanwhile is a checkpoint, and true: how many."""
+    last = newest(faults)
     listed = {each["number"] for each in faults.checkpoints()}
-    missing = set(range(before + 1, newest(faults) + 1)) - listed
+    missing = set(range(before + 1, last + 1)) - listed
     assert not missing, f"not listed: {sorted(missing)}"
-    told = faults.judge_listed(since=since, most=40)
+    told = faults.judge_listed(since=since, most=20)
     sys.stderr.write(f"  {len([each for each in listed if each > before])} checkpoints since, {told} judged\n")
     return told
 
@@ -63,7 +64,7 @@ def test_a_minute_without_the_link_costs_no_checkpoint(faults):
         time.sleep(max(0.0, since + 60 - time.time()))
         faults.relay.restore()
     assert newest(faults) >= before + 40
-    assert all_there(faults, before, since) >= 20
+    assert all_there(faults, before, since) >= 10
     at_rest(faults)
 
 
