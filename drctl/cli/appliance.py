@@ -104,7 +104,7 @@ def bundle(
     context.screen.line(f"{directory}: {_describe(made)}")
 
 
-@app.command(epilog=examples("sudo drctl appliance build image", "sudo drctl appliance build image --bundle wheels"))
+@app.command(epilog=examples("drctl appliance build image", "drctl appliance build image --bundle wheels"))
 def build(
     ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; an image there is replaced.")],
