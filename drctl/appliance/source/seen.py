@@ -31,12 +31,18 @@ class Seen:
 
     def look(self, host: SourceHost, names: Iterable[str], *, anew: bool) -> list[Machine]:
         """The machines; their disks may be some seconds old, unless `anew`."""
-        if anew or time.monotonic() - self.machines_at > MACHINES_SECONDS or not self.machines:
+        old = time.monotonic() - self.machines_at > MACHINES_SECONDS
+        if anew or old or not self.machines or self._half_seen():
             self.machines = each(lambda name: self._one(host, name), list(names))
             self.machines_at = time.monotonic()
         else:
             self.machines = [replace(machine, state=host.state(machine.name)) for machine in self.machines]
         return self.machines
+
+    def _half_seen(self) -> bool:
+        """A machine that powers off while it is asked has disks of unknown size, and with these nothing can be said of
+        how it left: it is asked again at once."""
+        return any(disk.source and not disk.size for machine in self.machines for disk in machine.disks)
 
     def _one(self, host: SourceHost, name: str) -> Machine:
         """A machine that starts has the disks that it had: libvirt would answer when it has started, and until then
