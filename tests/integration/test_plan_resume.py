@@ -128,7 +128,7 @@ def ended(lab, run: str) -> dict[str, Any]:
     told = lab.operator.json("run", "show", run)
     machines = {name: lab.rig.virsh(name, "list", "--name").split() for name in ("alpha", "beta")}
     defined = lab.rig.virsh("beta", "list", "--all", "--name").split()
-    tests = lab.operator.json("test", "list")["tests"]
+    tests = lab.operator.json("test", "list", code=None)["tests"]  # 3 while alpha is gone
     return {
         "state": told["state"],
         "steps": {one["id"]: one["outcome"] for one in told["steps"]},
