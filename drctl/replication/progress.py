@@ -249,9 +249,7 @@ class Progress:
     def start_sync(self, sync: Sync) -> Sync:
         """Begin a pass, or go on with the one of that id that the receiver has begun; one that it has whole is done at
         once. Whoever names a pass may use its id again only while its disks stay the same and miss no write. To be
-        called after a look at the ring that is newer than the writes that the pass is about.
-
-        Raises WrongPhase while one runs."""
+        called after a `look` that is newer than the writes that it is about. Raises WrongPhase while one runs."""
         if self.sync is not None and self.sync.active:
             raise WrongPhase(f"a {self.sync.mode} sync is running already")
         place = self.remote_sync
