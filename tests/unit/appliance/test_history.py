@@ -90,7 +90,9 @@ def test_every_method_that_changes_something_is_in_the_history() -> None:
     """Whoever adds a method says here what it is, or in CHANGING."""
     found = set()
     room = Path(recorded.__file__).parent
-    for path in set(room.rglob("*.py")) - {room / "recovery" / "memory.py"}:
+    # Words of other files that look like methods.
+    others = {room / "recovery" / "memory.py", room / "install" / "vm_text.py"}
+    for path in set(room.rglob("*.py")) - others:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Dict):
                 keys = [key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
