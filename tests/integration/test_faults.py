@@ -115,7 +115,7 @@ def test_a_hung_shipper_is_replaced(faults):
 
 @long
 def test_a_shipper_that_stops_while_it_reads_holds_up_no_guest(faults):
-    """QEMU's drains wait for what a reader asked for and does not take; the mirror that comes back drains."""
+    """Whether a read is in flight at that moment is chance; test_hung_reader.py makes sure of it."""
     for turn in range(4):
         with faults.trial(f"SIGSTOP shipper in a pass, SIGKILL tap ({turn})"):
             faults.call("alpha", "resync")
