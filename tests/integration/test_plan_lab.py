@@ -246,11 +246,11 @@ def test_a_whole_site_in_waves(shop, service):
         ],
     )
     times = drill(shop, "whole-site", text)
-    first = times["stage:names-and-time/vm:web-1/check:tcp"][1]
+    first = times["stage:names-and-time/vm:web-1@core/check:tcp"][1]
     for guest in GROUPS["shop"]:
-        assert times[f"stage:shop/vm:{guest}/boot"][0] >= first - 0.1
+        assert times[f"stage:shop/vm:{guest}@shop/boot"][0] >= first - 0.1
     well = max(times["stage:shop/check:http"][1], times["stage:mail/check:tcp"][1])
-    assert times["stage:desktops/vm:web-8/boot"][0] >= well - 0.1
+    assert times["stage:desktops/vm:web-8@desktops/boot"][0] >= well - 0.1
 
 
 def bisect(shop, *arguments: str, check: str = "", code: int = 0) -> dict:
