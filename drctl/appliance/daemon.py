@@ -154,7 +154,7 @@ class Appliance:
         self._expiry.sweep()
 
     def _handlers(self) -> dict[str, Handler]:
-        source, stores, recovery = self._source, self._stores, self._recovery
+        source, recovery = self._source, self._recovery
         return {
             "appliance.info": lambda _params, _progress: self._info(),
             "appliance.metrics": self._metrics.answer,
@@ -180,29 +180,16 @@ class Appliance:
             "resync": source.resync,
             "source.verify": SourceVerification(source.protection).verify,
             "checkpoint.create": source.checkpoint_create,
-            "checkpoint.list": stores.checkpoint_list,
-            "checkpoint.choose": stores.checkpoint_choose,
-            "checkpoint.tag": stores.checkpoint_tag,
-            "checkpoint.verify": stores.checkpoint_verify,
+            **self._stores.handlers(),
             "checkpoint.serve": self._served.serve,
-            "test.start": recovery.test_start,
-            "test.list": recovery.test_list,
-            "test.stop": recovery.test_stop,
-            "recovery.boot": recovery.boot,
-            "recovery.agent": recovery.guests.agent,
-            "recovery.console": recovery.guests.console,
-            "failover.plan": recovery.reigns.plan,
+            **recovery.handlers(),
             "failover.run": self._lifted(recovery.reigns.failover),
             "appliance.note": lambda _params, _progress: {},  # an installer's work; only history is written here
             "fence.note": lambda _params, _progress: {},  # the operator's machine fenced; only history is written here
-            "failover.hold": recovery.reigns.cancel_auto,
             "switchover.run": self._lifted(recovery.reigns.switchover),
             "handover.plan": self._handovers.plan,
             "handover.run": self._handovers.run,
             "handover.undo": self._handovers.undo,
-            "rollback.plan": recovery.reigns.rollback_plan,
-            "rollback": recovery.reigns.rollback,
-            "commit": recovery.reigns.commit,
             "failback.plan": self._away.plan,
             "failback.protect": self._away.protect,
             "failback.disks": self._failbacks.disks,

@@ -90,29 +90,13 @@ class RecoverySide:
             return []
 
     def handlers(self) -> dict[str, Handler]:
-        recovery, stores, reigns = self.recovery, self.stores, self.recovery.reigns
         return {
-            "group.fit": recovery.fit.look,
+            "group.fit": self.recovery.fit.look,
             "replicate.seed": self._seeds.take,
-            "checkpoint.list": stores.checkpoint_list,
-            "checkpoint.choose": stores.checkpoint_choose,
-            "checkpoint.tag": stores.checkpoint_tag,
-            "checkpoint.verify": stores.checkpoint_verify,
+            **self.stores.handlers(),
             "checkpoint.serve": self._served.serve,
-            "test.start": recovery.test_start,
-            "test.list": recovery.test_list,
-            "test.stop": recovery.test_stop,
-            "recovery.boot": recovery.boot,
-            "recovery.agent": recovery.guests.agent,
-            "recovery.console": recovery.guests.console,
-            "failover.plan": reigns.plan,
-            "failover.run": reigns.failover,
-            "failover.hold": reigns.cancel_auto,
+            **self.recovery.handlers(),
             "fence.note": lambda _params, _progress: {},  # the operator's machine fenced; only history is written here
-            "switchover.run": reigns.switchover,
-            "rollback.plan": reigns.rollback_plan,
-            "rollback": reigns.rollback,
-            "commit": reigns.commit,
             **dict.fromkeys(("failback.plan", "failback.protect", "failback.disks", "failback.prepare"), _no_failback),
         }
 

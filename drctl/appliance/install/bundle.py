@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from drctl.errors import IntegrityError, NotFound, SetupFailed, UnsupportedFormat
 
@@ -92,16 +93,23 @@ def make_bundle(directory: Path, wheels: Path | None = None) -> Bundle:
     return bundle
 
 
+def read_list(path: Path, version: int, what: str, hint: str) -> dict[str, Any]:
+    """What lies in a directory that was made before, by the list in it. Raises NotFound (with the hint),
+    UnsupportedFormat, IntegrityError."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as exc:
+        raise NotFound(what, str(path.parent), hint=hint) from exc
+    except ValueError as exc:
+        raise IntegrityError(f"{path}: not JSON: {exc}") from exc
+    if data.get("format") != version:
+        raise UnsupportedFormat(f"{path}: format {data.get('format')}, known is {version}")
+    return data
+
+
 def load_bundle(directory: Path) -> Bundle:
     """A bundle made before, every byte checked. Raises NotFound, UnsupportedFormat, IntegrityError."""
-    try:
-        data = json.loads((directory / LIST).read_text("utf-8"))
-    except FileNotFoundError as exc:
-        raise NotFound("bundle", str(directory), hint="make one: drctl appliance bundle DIR") from exc
-    except ValueError as exc:
-        raise IntegrityError(f"{directory / LIST}: not JSON: {exc}") from exc
-    if data.get("format") != FORMAT:
-        raise UnsupportedFormat(f"{directory / LIST}: format {data.get('format')}, known is {FORMAT}")
+    data = read_list(directory / LIST, FORMAT, "bundle", "make one: drctl appliance bundle DIR")
     bundle = Bundle(
         directory, data["version"], data["python"], data["machine"], tuple(Wheel(**row) for row in data["wheels"])
     )

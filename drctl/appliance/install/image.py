@@ -18,9 +18,9 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from drctl.appliance.install.bundle import Bundle
+from drctl.appliance.install.bundle import Bundle, read_list
 from drctl.appliance.install.ext4 import used_inodes
-from drctl.errors import IntegrityError, NotFound, SetupFailed, UnsupportedFormat
+from drctl.errors import IntegrityError, SetupFailed
 from drctl.model.extent import GiB, MiB
 
 FORMAT = 1
@@ -107,14 +107,7 @@ def build_image(directory: Path, bundle: Bundle, source: Source, progress: Progr
 
 def load_image(directory: Path) -> Image:
     """An image made before; what is sent is checked. Raises NotFound, UnsupportedFormat, IntegrityError."""
-    try:
-        data = json.loads((directory / MANIFEST).read_text("utf-8"))
-    except FileNotFoundError as exc:
-        raise NotFound("image", str(directory), hint="make one: drctl appliance build DIR") from exc
-    except ValueError as exc:
-        raise IntegrityError(f"{directory / MANIFEST}: not JSON: {exc}") from exc
-    if data.get("format") != FORMAT:
-        raise UnsupportedFormat(f"{directory / MANIFEST}: format {data.get('format')}, known is {FORMAT}")
+    data = read_list(directory / MANIFEST, FORMAT, "image", "make one: drctl appliance build DIR")
     files = {row["name"]: row["sha256"] for row in data["files"]}
     image = Image(directory, data["identity"], data["suite"], data["size"], files)
     if not image.vmdk.is_file() or _digest(image.vmdk) != files.get(VMDK):

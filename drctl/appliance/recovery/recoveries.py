@@ -9,6 +9,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from drctl.appliance.control import Handler
 from drctl.appliance.recovery.end import take_down
 from drctl.appliance.recovery.fit import FitService
 from drctl.appliance.recovery.forecast import scratch_limit
@@ -54,6 +55,25 @@ class Recovery:
         self.fit = FitService(tools)
         self.guests = RecoveredGuests(tools.hypervisor, files)
         self._swept = tools.clock.monotonic()
+
+    def handlers(self) -> dict[str, Handler]:
+        """The methods of recoveries, for an appliance's control socket."""
+        reigns = self.reigns
+        return {
+            "test.start": self.test_start,
+            "test.list": self.test_list,
+            "test.stop": self.test_stop,
+            "recovery.boot": self.boot,
+            "recovery.agent": self.guests.agent,
+            "recovery.console": self.guests.console,
+            "failover.plan": reigns.plan,
+            "failover.run": reigns.failover,
+            "failover.hold": reigns.cancel_auto,
+            "switchover.run": reigns.switchover,
+            "rollback.plan": reigns.rollback_plan,
+            "rollback": reigns.rollback,
+            "commit": reigns.commit,
+        }
 
     # -- tests ---------------------------------------------------------------------------------------------------
 

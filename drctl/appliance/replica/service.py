@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from drctl.appliance.control import Progress
+from drctl.appliance.control import Handler, Progress
 from drctl.appliance.recovery.store import GroupStores
 from drctl.appliance.replica.expiry import KEEP_SECONDS, StoreExpiry
 from drctl.errors import IntegrityError, Refused, WrongPhase
@@ -38,6 +38,15 @@ class StoreService:
         self._expiry = expiry
         self._recoveries = recoveries
         self._lock = threading.Lock()
+
+    def handlers(self) -> dict[str, Handler]:
+        """The methods of checkpoints, for an appliance's control socket."""
+        return {
+            "checkpoint.list": self.checkpoint_list,
+            "checkpoint.choose": self.checkpoint_choose,
+            "checkpoint.tag": self.checkpoint_tag,
+            "checkpoint.verify": self.checkpoint_verify,
+        }
 
     def names(self) -> list[str]:
         return self._stores.groups()
